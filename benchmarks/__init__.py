@@ -1,0 +1,1 @@
+"""Shapes and baselines, one file an op."""

@@ -1,0 +1,386 @@
+"""What the benchmark files are made of: cases, the check that comes before a speed-up is reported,
+and timing in turns.
+
+A case is one computation at one shape and dtype. torch, torch.compile and pyfast are zero-argument
+callables over the same tensors, called in turns, so that a slow moment of the machine meets all.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import pyfast
+from pyfast.ops._op import registered
+
+if TYPE_CHECKING:
+    import pytest
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+Call = Callable[[], Any]
+
+SEED = 20240229  # of the masks that the check compares; the timed calls draw their own
+
+
+@dataclass(frozen=True)
+class Computation:
+    """One computation as torch has it, as pyfast has it, and as a formula.
+
+    Attributes:
+        inputs: the arguments for a shape, by name, float32 on the CPU. The first is dropped.
+        torch: the best that eager torch offers, called as ``torch(*inputs, p=p)``.
+        pyfast: the public function, called as ``pyfast(*inputs, p=p)``; it takes ``seed`` too.
+        formula: ``formula(keep, p, *inputs)`` in plain torch, in the dtype of its inputs. ``keep``
+            is the mask, bool, with a dimension of one wherever it does not vary.
+        mask_ndim: so many leading dimensions index the mask; None for all.
+    """
+
+    inputs: Callable[[tuple[int, ...]], dict[str, Tensor]]
+    torch: Callable[..., Tensor]
+    pyfast: Callable[..., Any]
+    formula: Callable[..., Tensor]
+    mask_ndim: int | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A computation at one shape and dtype, forward alone or with the backward pass.
+
+    Attributes:
+        op: the name of the op that pyfast serves it with.
+        name: tells the cases of an op apart, beside shape and dtype.
+        num_passes: how many tensors of the shape must cross the memory bus, reads plus writes.
+        backward: whether ``torch.autograd.grad`` for all inputs is part of a call.
+        requires_grad: whether the inputs require a gradient; always with ``backward``.
+        bar: the most that pyfast should take, as a multiple of a copy that moves as many bytes.
+        others: further rows, by name; each is a function of the first input that gives a callable.
+    """
+
+    op: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    computation: Computation
+    num_passes: int
+    backward: bool = False
+    requires_grad: bool = False
+    bar: float | None = None
+    p: float = 0.1
+    others: Mapping[str, Callable[[Tensor], Call]] = field(default_factory=dict)
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes that a call must move: every tensor once, vectors over the columns aside."""
+        return self.num_passes * self.num_elements * self.dtype.itemsize
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        return ("torch", "torch.compile", *self.others, "pyfast")
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        return f"{self.op} {self.name} {shape} {self.dtype_name}"
+
+
+class PreparedCase:
+    """A case with its tensors on a device."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
+        values = case.computation.inputs(case.shape)
+        self.names = tuple(values)
+        self.inputs = [value.to(device, case.dtype) for value in values.values()]
+        self.grad = normal(case.shape, 99).to(device, case.dtype) if case.backward else None
+        for tensor in self.inputs:
+            tensor.requires_grad_(case.backward or case.requires_grad)
+
+    @property
+    def backend(self) -> str:
+        """The backend that serves pyfast's call."""
+        return registered()[self.case.op].backend_of(self.inputs[0])
+
+    def call(self, implementation: str) -> Call:
+        """The callable to time. That of torch.compile compiles in its first call."""
+        computation, p = self.case.computation, self.case.p
+        if implementation == "torch":
+            return self._step(functools.partial(computation.torch, *self.inputs, p=p))
+        if implementation == "pyfast":
+            return self._step(functools.partial(computation.pyfast, *self.inputs, p=p))
+        if implementation == "torch.compile":
+            # Without the reset, dynamo would stop compiling after some cases and run eagerly.
+            torch.compiler.reset()
+            eager = functools.partial(computation.torch, p=p)
+            compiled = torch.compile(lambda *inputs: eager(*inputs), fullgraph=True, dynamic=False)
+            return self._step(functools.partial(compiled, *self.inputs))
+        return self.case.others[implementation](self.inputs[0].detach())
+
+    def copy_call(self) -> Call:
+        """A copy that moves the bytes of the case: half of them read, half of them written."""
+        num_elements = max(1, self.case.num_bytes // (2 * self.case.dtype.itemsize))
+        source = torch.ones(num_elements, dtype=self.case.dtype, device=self.device)
+        return functools.partial(torch.zeros_like(source).copy_, source)
+
+    def _step(self, forward: Call) -> Call:
+        if self.grad is None:
+            return forward
+        inputs, grad = self.inputs, self.grad
+        return lambda: torch.autograd.grad(forward(), inputs, grad)
+
+    def check(self) -> str:
+        """What is wrong with pyfast's results against the formula in float64; empty if nothing."""
+        function, p = self.case.computation.pyfast, self.case.p
+        try:
+            forward = functools.partial(function, *self.inputs, p=p, seed=SEED)
+            actual = self._results(forward, self.inputs)
+            exact = self._formula_results(torch.float64)
+            rounded = self._formula_results(self.case.dtype)
+        except Exception as error:
+            return first_line(error)
+        differences = (
+            _difference(name, actual[name], exact[name], rounded[name]) for name in actual
+        )
+        return "; ".join(filter(None, differences))
+
+    def _formula_results(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        shape, computation = self.case.shape, self.case.computation
+        mask_shape = shape[: computation.mask_ndim]
+        keep = keep_mask(math.prod(mask_shape), self.case.p, self.device)
+        keep = keep.view(mask_shape + (1,) * (len(shape) - len(mask_shape)))
+        inputs = [t.detach().to(dtype).requires_grad_(t.requires_grad) for t in self.inputs]
+        forward = functools.partial(computation.formula, keep, self.case.p, *inputs)
+        return self._results(forward, inputs)
+
+    def _results(self, forward: Call, inputs: list[Tensor]) -> dict[str, Tensor]:
+        y = forward()
+        results = {"output": y.detach()}
+        if self.grad is not None:
+            grads = torch.autograd.grad(y, inputs, self.grad.to(y.dtype))
+            results |= {f"grad of {name}": g for name, g in zip(self.names, grads, strict=True)}
+        return results
+
+
+def _difference(name: str, actual: Tensor, exact: Tensor, rounded: Tensor) -> str:
+    if actual.shape != rounded.shape or actual.dtype != rounded.dtype:
+        return (
+            f"{name} is {tuple(actual.shape)} {actual.dtype}, "
+            f"not {tuple(rounded.shape)} {rounded.dtype}"
+        )
+    # Twice the error of the formula in the same dtype, plus one rounding of the largest value.
+    allowed = 2 * (rounded.double() - exact).abs().max()
+    allowed += torch.finfo(actual.dtype).eps * exact.abs().max()
+    error = (actual.double() - exact).abs()
+    num_wrong = int((~(error <= allowed)).sum())  # NaN is wrong too
+    if num_wrong == 0:
+        return ""
+    return (
+        f"{name}: {num_wrong} of {error.numel()} values are wrong, "
+        f"largest error {error.max().item():.2g}, allowed {allowed.item():.2g}"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line for a table."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+def normal(shape: Sequence[int], seed: int) -> Tensor:
+    """Standard normal values, float32 on the CPU."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+
+
+@functools.lru_cache(maxsize=8)
+def keep_mask(num_elements: int, p: float, device: torch.device) -> Tensor:
+    """The mask of the check, flat; an element's bit depends on its linear index alone."""
+    return pyfast.dropout_mask((num_elements,), p, SEED, device=device)
+
+
+def drop_rate(p: float) -> float:
+    """The rate that a p stands for: a multiple of 1 / 65536."""
+    return round(p * 65536) / 65536
+
+
+def drop(keep: Tensor, p: float, x: Tensor) -> Tensor:
+    """The formula of dropout."""
+    return torch.where(keep, x * (1 / (1 - drop_rate(p))), 0)
+
+
+@dataclass
+class Row:
+    """What was found about one implementation of one case.
+
+    Attributes:
+        backend: what served pyfast's call; empty for the other implementations.
+        problem: why there are no figures: a failed check or compilation. ``failed``: it fails the
+            whole run.
+        samples_us: the time of a call, one for each round, each a mean of ``num_calls`` calls.
+        copy_bandwidth_gbps: of a copy that moves as many bytes, in the same rounds.
+        time_over_copy: median over the rounds of the time by that of the copy: "time over moving
+            these bytes once", to be at most ``bar``; ``percent_of_copy`` is its inverse.
+        speedup: median over the rounds of torch's time by this one's. ``is_clear``: the quartile
+            ranges of the two do not overlap.
+    """
+
+    op: str
+    case: str
+    shape: list[int]
+    dtype: str
+    device: str
+    implementation: str
+    num_bytes: int
+    bar: float | None
+    backend: str = ""
+    problem: str = ""
+    failed: bool = False
+    num_calls: int | None = None
+    samples_us: list[float] = field(default_factory=list)
+    median_us: float | None = None
+    q1_us: float | None = None
+    q3_us: float | None = None
+    iqr_us: float | None = None
+    bandwidth_gbps: float | None = None
+    copy_bandwidth_gbps: float | None = None
+    percent_of_copy: float | None = None
+    time_over_copy: float | None = None
+    speedup: float | None = None
+    is_clear: bool = False
+
+    @property
+    def where(self) -> tuple[str, str, str, str]:
+        """What the row is about, in words."""
+        return self.op, self.case, "x".join(map(str, self.shape)), self.dtype
+
+    def add_samples(
+        self, seconds: list[float], num_calls: int, copy_s: list[float], torch_s: list[float]
+    ) -> None:
+        self.samples_us, self.num_calls = [1e6 * time for time in seconds], num_calls
+        self.q1_us, self.median_us, self.q3_us = q1, median, q3 = _quartiles(self.samples_us)
+        self.iqr_us = q3 - q1
+        self.bandwidth_gbps = 1e-3 * self.num_bytes / median
+        self.copy_bandwidth_gbps = 1e-9 * self.num_bytes / statistics.median(copy_s)
+        self.time_over_copy = _median_ratio(seconds, copy_s)
+        self.percent_of_copy = 100 / self.time_over_copy
+        if torch_s:
+            self.speedup = _median_ratio(torch_s, seconds)
+            torch_q1, _, torch_q3 = _quartiles([1e6 * time for time in torch_s])
+            self.is_clear = q3 < torch_q1 or torch_q3 < q1
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def _median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    return statistics.median(n / d for n, d in zip(numerators, denominators, strict=True))
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure. A sample is a block of calls; a round has one of everything."""
+
+    rounds: int
+    block_s: float
+    with_compile: bool
+    min_calls: int = 3
+
+
+FULL = Effort(rounds=9, block_s=0.02, with_compile=True)
+QUICK = Effort(rounds=5, block_s=0.005, with_compile=False)
+
+
+def measure(
+    calls: dict[str, Call], device: torch.device, effort: Effort, after_round: Callable[[], object]
+) -> dict[str, tuple[list[float], int]]:
+    """Time all callables in turns, in an order that rotates from round to round. Returns the
+    seconds of a call in each round, and the number of calls that each is a mean of."""
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        counts = {name: _calls_per_block(call, device, effort) for name, call in calls.items()}
+        for round_index in range(effort.rounds):
+            first = round_index % len(names)
+            for name in names[first:] + names[:first]:
+                seconds = _time_block(calls[name], counts[name], device)
+                samples[name].append(seconds / counts[name])
+            after_round()
+    finally:
+        if was_enabled:
+            gc.enable()
+    return {name: (samples[name], counts[name]) for name in names}
+
+
+def _calls_per_block(call: Call, device: torch.device, effort: Effort) -> int:
+    num_calls = 1
+    while (seconds := _time_block(call, num_calls, device)) < effort.block_s / 4:
+        num_calls *= 2
+    return max(effort.min_calls, round(num_calls * effort.block_s / seconds))
+
+
+def _time_block(call: Call, num_calls: int, device: torch.device) -> float:
+    """Seconds of ``num_calls`` calls after an untimed one, which brings the caches back."""
+    call()
+    if device.type == "cuda":
+        event: Any = functools.partial(torch.cuda.Event, enable_timing=True)
+        start, end = event(), event()
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(num_calls):
+            call()
+        end.record()
+        torch.cuda.synchronize(device)
+        return float(start.elapsed_time(end)) / 1e3
+    begin = time.perf_counter()
+    for _ in range(num_calls):
+        call()
+    return time.perf_counter() - begin
+
+
+def parametrize(metafunc: pytest.Metafunc, cases: Sequence[Case]) -> None:
+    """Every implementation of every case, for ``pytest_generate_tests`` of a benchmark file."""
+    pairs = [(case, name) for case in cases for name in case.implementations]
+    metafunc.parametrize(
+        ("case", "implementation"), pairs, ids=[f"{case}, {name}" for case, name in pairs]
+    )
+
+
+def run_with_pytest(benchmark: BenchmarkFixture, case: Case, implementation: str) -> None:
+    """Time one implementation on the CPU with pytest-benchmark, after the check and a first call.
+
+    ``python -m pyfast bench`` measures in turns, which this cannot, and on GPUs.
+    """
+    prepared = PreparedCase(case, torch.device("cpu"))
+    if implementation == "pyfast":
+        problem = prepared.check()
+        assert not problem, problem
+    call = prepared.call(implementation)
+    try:
+        call()
+    except Exception as error:
+        if implementation != "torch.compile":
+            raise
+        import pytest
+
+        pytest.skip(f"torch.compile failed: {first_line(error)}")
+    benchmark.group = str(case)
+    benchmark.extra_info["num_bytes"] = case.num_bytes
+    benchmark(call)

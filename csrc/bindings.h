@@ -1,0 +1,13 @@
+// One bind_<op> per op; module.cpp calls them.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace pyfast {
+
+void bind_empty(pybind11::module_& m);
+void bind_dropout(pybind11::module_& m);
+void bind_bias_dropout_add(pybind11::module_& m);
+void bind_dropout_add_norm(pybind11::module_& m);
+
+}  // namespace pyfast

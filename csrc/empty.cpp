@@ -1,0 +1,130 @@
+// empty_like(x) for large CPU tensors. malloc gives large blocks back to the system (above 32 MiB
+// always, below whenever the top of the heap is free), so that every such output is mapped and
+// zeroed page by page again: measured 25 ms for 64 MB, where the dropout that fills it takes 3.5
+// ms. This keeps the blocks of freed outputs, at most an eighth of the machine's memory, and hands
+// them out again. The tensor is torch's own, made from DLPack.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "bindings.h"
+#include "tensor.h"
+
+namespace pyfast {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kGranularity = size_t{256} << 10;
+
+class BlockPool {
+ public:
+  // Returns a block of at least `bytes` and stores its true size, or null when memory is short.
+  void* take(size_t bytes, size_t* block_bytes) {
+    const size_t wanted = (bytes + kGranularity - 1) / kGranularity * kGranularity;
+    // A lock that another thread holds (in a forked child: forever) only costs the reuse.
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (lock.owns_lock()) {
+      auto found = idle_.lower_bound(wanted);
+      if (found != idle_.end() && found->first <= wanted + wanted / 8) {
+        void* block = found->second;
+        *block_bytes = found->first;
+        idle_bytes_ -= found->first;
+        idle_.erase(found);
+        return block;
+      }
+      lock.unlock();
+    }
+    void* block = mmap(nullptr, wanted, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (block == MAP_FAILED) return nullptr;
+    if (wanted >= 2 * kHugePage) madvise(block, wanted, MADV_HUGEPAGE);
+    *block_bytes = wanted;
+    return block;
+  }
+
+  void give(void* block, size_t block_bytes) {
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (lock.owns_lock() && idle_bytes_ + block_bytes <= limit_) {
+      idle_.emplace(block_bytes, block);
+      idle_bytes_ += block_bytes;
+      return;
+    }
+    munmap(block, block_bytes);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::multimap<size_t, void*> idle_;
+  size_t idle_bytes_ = 0;
+  const size_t limit_ = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) *
+                        static_cast<size_t>(sysconf(_SC_PAGE_SIZE)) / 8;
+};
+
+BlockPool& pool() {
+  static BlockPool* const instance = new BlockPool;  // outlives every tensor
+  return *instance;
+}
+
+struct Output {
+  dlpack::VersionedManagedTensor managed = {};
+  std::vector<int64_t> shape, strides;
+  size_t block_bytes = 0;
+};
+
+// True when the elements fill one gapless block, each in a place of its own.
+bool is_dense(const Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int d = 0; d < x.ndim(); ++d) {
+    if (x.size(d) != 1) dims.emplace_back(x.stride(d), x.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// A tensor of x's type, shape and strides, or None where torch should make it.
+py::object empty_like(const Tensor& x) {
+  const dlpack::ExchangeApi* api = x.api();
+  if (api == nullptr || !x.is_cpu() || !is_dense(x) || x.num_elements() == 0) return py::none();
+  auto output = std::make_unique<Output>();
+  dlpack::Tensor& tensor = output->managed.tensor;
+  tensor = x.view();
+  void* block = pool().take(static_cast<size_t>(x.num_elements()) * tensor.dtype.bits / 8,
+                            &output->block_bytes);
+  if (block == nullptr) return py::none();
+  for (int d = 0; d < x.ndim(); ++d) {
+    output->shape.push_back(x.size(d));
+    output->strides.push_back(x.stride(d));
+  }
+  tensor.data = block;
+  tensor.byte_offset = 0;
+  tensor.shape = output->shape.data();
+  tensor.strides = output->strides.data();
+  output->managed.version = {1, 0};
+  output->managed.manager_context = output.get();
+  output->managed.deleter = [](dlpack::VersionedManagedTensor* self) {
+    std::unique_ptr<Output> owner(static_cast<Output*>(self->manager_context));
+    pool().give(self->tensor.data, owner->block_bytes);
+  };
+  void* object = nullptr;
+  dlpack::VersionedManagedTensor* managed = &output.release()->managed;
+  if (api->managed_tensor_to_py_object(managed, &object) != 0) {
+    managed->deleter(managed);
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
+}  // namespace
+
+void bind_empty(py::module_& m) { m.def("empty_like", &empty_like); }
+
+}  // namespace pyfast

@@ -1,0 +1,134 @@
+// Tensors at the boundary. A function bound with pybind11 takes `const Tensor&` and gets a view of
+// any object that speaks DLPack: torch tensors through the exchange table of their type
+// (nanoseconds, no libtorch), everything else (numpy) through __dlpack__. The view lives as long as
+// the call.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "../kernels/common/cuda_device.h"
+#include "../kernels/common/dtype.h"
+#include "../kernels/common/isa.h"
+#include "../kernels/common/parallel.h"
+#include "../kernels/common/seed.h"
+#include "dlpack.h"
+
+namespace pyfast {
+
+namespace py = pybind11;
+
+class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(const Tensor&) = delete;
+  Tensor& operator=(const Tensor&) = delete;
+  ~Tensor();
+
+  // Fills the view from a Python object; false when the object is not a tensor.
+  bool assign(py::handle object);
+
+  void* data() const { return static_cast<char*>(view_.data) + view_.byte_offset; }
+  int ndim() const { return view_.ndim; }
+  int64_t size(int d) const { return view_.shape[d]; }
+  int64_t stride(int d) const { return strides_ != nullptr ? strides_[d] : contiguous_stride(d); }
+  int64_t num_elements() const;
+  bool is_contiguous() const;
+  bool is_cpu() const { return view_.device.type == dlpack::kCpu; }
+  bool is_cuda() const { return view_.device.type == dlpack::kCuda; }
+  const dlpack::Tensor& view() const { return view_; }
+  const dlpack::ExchangeApi* api() const { return api_; }  // null for other libraries than torch
+  dlpack::Device device() const { return view_.device; }
+  bool has_type(uint8_t code, int bits) const {
+    return view_.dtype.code == code && view_.dtype.bits == bits && view_.dtype.lanes == 1;
+  }
+  // Throws TypeError naming `argument` unless the type is one that kernels compute in.
+  DType dtype(const char* argument) const;
+  std::string describe() const;  // "(4, 8) bfloat16 on cpu"
+
+  // The stream on which the tensor's library queues work for this device.
+  void* current_stream() const;
+
+ private:
+  int64_t contiguous_stride(int d) const;
+
+  dlpack::Tensor view_ = {};
+  const int64_t* strides_ = nullptr;
+  const dlpack::ExchangeApi* api_ = nullptr;
+  dlpack::ManagedTensor* managed_ = nullptr;
+};
+
+// A Python int is the seed itself; a tensor of one int64 holds it, on the CPU or where the kernel
+// runs. `holder` keeps the view alive.
+Seed seed_from(py::handle object, Tensor* holder, const Tensor& like);
+
+// Checks that protect memory. Each throws ValueError naming `function` and `argument`.
+void require_same_shape(const char* function, const char* argument, const Tensor& tensor,
+                        const Tensor& like);
+void require_same_device(const char* function, const char* argument, const Tensor& tensor,
+                         const Tensor& like);
+
+// The operands of an op over the rows of a contiguous matrix `like` of num_columns columns, checked
+// as they are asked for: matrices have its number of elements and its dtype, vectors the dtype that
+// it is computed in. An object may be None, which gives null; `holder` keeps its view alive.
+class Operands {
+ public:
+  Operands(const char* function, const Tensor& like, DType dtype, int64_t num_columns);
+  int64_t num_rows() const { return num_rows_; }
+  void* matrix(const char* argument, const Tensor& tensor) const;
+  void* matrix(const char* argument, py::handle object, Tensor* holder) const;
+  void* vector(const char* argument, py::handle object, Tensor* holder, int64_t size) const;
+
+ private:
+  void* checked(const char* argument, const Tensor& tensor, DType dtype, int64_t size) const;
+
+  const char* function_;
+  const Tensor& like_;
+  DType dtype_;
+  DType compute_dtype_;
+  int64_t num_rows_;
+};
+
+[[noreturn]] void throw_kernel_error(const char* function, const char* text);
+[[noreturn]] void throw_unsupported_device(const char* function, const Tensor& tensor);
+
+// Runs a kernel where `tensor` lives, without the GIL. A forked child gets one CPU thread: the
+// threads of its parent's OpenMP pool do not exist there.
+template <typename Params>
+void run_kernel(const char* function, const Tensor& tensor, const Params& params, int num_threads,
+                void (*const* cpu_table)(const Params&, int),
+                const char* (*cuda_launcher)(const Params&, void*)) {
+  const char* error = nullptr;
+  if (tensor.is_cpu() && !kEmulateCuda) {
+    py::gil_scoped_release release;
+    cpu_table[static_cast<int>(selected_isa())](params, is_forked_child() ? 1 : num_threads);
+  } else if (kWithCuda && (tensor.is_cuda() || kEmulateCuda)) {
+    void* stream = kEmulateCuda ? nullptr : tensor.current_stream();
+    py::gil_scoped_release release;
+    const CudaDeviceGuard guard(tensor.device().id);
+    error = guard.error() != nullptr ? guard.error() : cuda_launcher(params, stream);
+  } else {
+    throw_unsupported_device(function, tensor);
+  }
+  if (error != nullptr) throw_kernel_error(function, error);
+}
+
+}  // namespace pyfast
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<pyfast::Tensor> {
+ public:
+  static constexpr auto name = const_name("Tensor");
+  template <typename T>
+  using cast_op_type = const pyfast::Tensor&;
+  operator const pyfast::Tensor&() { return value_; }
+  bool load(handle source, bool) { return value_.assign(source); }
+
+ private:
+  pyfast::Tensor value_;
+};
+
+}  // namespace pybind11::detail

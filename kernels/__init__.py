@@ -1,0 +1,2 @@
+"""The implementations, by op. Packed as ``pyfast.kernels``; nothing here includes torch headers or
+pybind11."""

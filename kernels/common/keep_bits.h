@@ -1,0 +1,163 @@
+// Keep bits of many elements on the CPU: bit j of a 64-bit word is the fate of element j of a block
+// of 64. Registers hold one counter per 64-bit lane: vpmuludq ignores the upper halves, so garbage
+// may stay there, and a round is two multiplies, two shifts and two three-way xors for all lanes.
+// Measured on Zen 4 (avx512): 0.42 cycles an element, four blocks in flight.
+#pragma once
+
+#include "philox.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace pyfast::PYFAST_ISA {
+
+// The seed and the use of it, with what a kernel needs to draw bits.
+struct KeepRule {
+  uint64_t seed;
+  uint32_t stream;
+  uint32_t threshold;  // 65536 drops everything
+};
+
+constexpr int kKeepBlocks = 4;  // 64-element blocks that keep_bits256 fills at once
+
+#if defined(__AVX512F__)
+
+// Elements 64 * block to 64 * (block + kKeepBlocks) - 1.
+inline void keep_bits256(const KeepRule& rule, uint64_t block, uint64_t* bits) {
+  if (rule.threshold > 0xFFFFu) {
+    for (int i = 0; i < kKeepBlocks; ++i) bits[i] = 0;
+    return;
+  }
+  // Counters 0 to 3 sit in the even lanes and 4 to 7 in the odd ones: unpacking restores the order.
+  const __m512i lane = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m512i multiplier0 = _mm512_set1_epi64(kPhiloxMultiplier0);
+  const __m512i multiplier1 = _mm512_set1_epi64(kPhiloxMultiplier1);
+  uint32_t k0 = static_cast<uint32_t>(rule.seed);
+  uint32_t k1 = static_cast<uint32_t>(rule.seed >> 32);
+  __m512i c0[kKeepBlocks], c1[kKeepBlocks], c2[kKeepBlocks], c3[kKeepBlocks];
+  for (int i = 0; i < kKeepBlocks; ++i) {  // the first round: c2 is zero
+    const __m512i group =
+        _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>((block + i) * 8)), lane);
+    const __m512i product = _mm512_mul_epu32(group, multiplier0);
+    c0[i] = _mm512_xor_si512(_mm512_srli_epi64(group, 32), _mm512_set1_epi64(k0));
+    c1[i] = _mm512_setzero_si512();
+    c2[i] = _mm512_xor_si512(_mm512_srli_epi64(product, 32), _mm512_set1_epi64(rule.stream ^ k1));
+    c3[i] = product;
+  }
+#pragma GCC unroll 6
+  for (int round = 1; round < kPhiloxRounds; ++round) {
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
+    const __m512i key0 = _mm512_set1_epi64(k0);
+    const __m512i key1 = _mm512_set1_epi64(k1);
+#pragma GCC unroll 4
+    for (int i = 0; i < kKeepBlocks; ++i) {
+      const __m512i product0 = _mm512_mul_epu32(c0[i], multiplier0);
+      const __m512i product1 = _mm512_mul_epu32(c2[i], multiplier1);
+      c0[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product1, 32), c1[i], key0, 0x96);
+      c1[i] = product1;
+      c2[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product0, 32), c3[i], key1, 0x96);
+      c3[i] = product0;
+    }
+  }
+  const __m512i threshold = _mm512_set1_epi16(static_cast<int16_t>(rule.threshold));
+#pragma GCC unroll 4
+  for (int i = 0; i < kKeepBlocks; ++i) {
+    const __m512i low = _mm512_mask_shuffle_epi32(c0[i], 0xAAAA, c1[i], _MM_PERM_CCAA);
+    const __m512i high = _mm512_mask_shuffle_epi32(c2[i], 0xAAAA, c3[i], _MM_PERM_CCAA);
+    const uint64_t first = _mm512_cmpge_epu16_mask(_mm512_unpacklo_epi64(low, high), threshold);
+    const uint64_t second = _mm512_cmpge_epu16_mask(_mm512_unpackhi_epi64(low, high), threshold);
+    bits[i] = first | second << 32;
+  }
+}
+
+#elif defined(__AVX2__)
+
+inline void keep_bits256(const KeepRule& rule, uint64_t block, uint64_t* bits) {
+  if (rule.threshold > 0xFFFFu) {
+    for (int i = 0; i < kKeepBlocks; ++i) bits[i] = 0;
+    return;
+  }
+  constexpr int kInFlight = 2;  // four counters each: 32 elements
+  const __m256i multiplier0 = _mm256_set1_epi64x(kPhiloxMultiplier0);
+  const __m256i multiplier1 = _mm256_set1_epi64x(kPhiloxMultiplier1);
+  const __m256i threshold = _mm256_set1_epi16(static_cast<int16_t>(rule.threshold));
+  const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+  for (int b = 0; b < kKeepBlocks; ++b) {
+    uint32_t k0 = static_cast<uint32_t>(rule.seed);
+    uint32_t k1 = static_cast<uint32_t>(rule.seed >> 32);
+    __m256i c0[kInFlight], c1[kInFlight], c2[kInFlight], c3[kInFlight];
+    for (int i = 0; i < kInFlight; ++i) {
+      c0[i] =
+          _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>((block + b) * 8) + 4 * i), lane);
+      c1[i] = _mm256_srli_epi64(c0[i], 32);
+      c2[i] = _mm256_setzero_si256();
+      c3[i] = _mm256_set1_epi64x(rule.stream);
+    }
+#pragma GCC unroll 7
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      const __m256i key0 = _mm256_set1_epi64x(k0);
+      const __m256i key1 = _mm256_set1_epi64x(k1);
+#pragma GCC unroll 2
+      for (int i = 0; i < kInFlight; ++i) {
+        const __m256i product0 = _mm256_mul_epu32(c0[i], multiplier0);
+        const __m256i product1 = _mm256_mul_epu32(c2[i], multiplier1);
+        c0[i] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product1, 32), c1[i]), key0);
+        c1[i] = product1;
+        c2[i] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product0, 32), c3[i]), key1);
+        c3[i] = product0;
+      }
+      k0 += kPhiloxWeyl0;
+      k1 += kPhiloxWeyl1;
+    }
+    uint64_t word = 0;
+    for (int i = 0; i < kInFlight; ++i) {
+      const __m256i low = _mm256_blend_epi32(c0[i], _mm256_slli_epi64(c1[i], 32), 0xAA);
+      const __m256i high = _mm256_blend_epi32(c2[i], _mm256_slli_epi64(c3[i], 32), 0xAA);
+      const __m256i even = _mm256_unpacklo_epi64(low, high);  // counters 0 and 2
+      const __m256i odd = _mm256_unpackhi_epi64(low, high);   // counters 1 and 3
+      const __m256i keep_even = _mm256_cmpeq_epi16(_mm256_max_epu16(even, threshold), even);
+      const __m256i keep_odd = _mm256_cmpeq_epi16(_mm256_max_epu16(odd, threshold), odd);
+      const int mask = _mm256_movemask_epi8(_mm256_packs_epi16(keep_even, keep_odd));
+      word |= static_cast<uint64_t>(static_cast<uint32_t>(mask)) << (32 * i);
+    }
+    bits[b] = word;
+  }
+}
+
+#else
+
+inline void keep_bits256(const KeepRule& rule, uint64_t block, uint64_t* bits) {
+  for (int b = 0; b < kKeepBlocks; ++b) {
+    uint64_t word = 0;
+    for (uint64_t group = 0; group < 8; ++group) {
+      word |= static_cast<uint64_t>(
+                  keep_bits8(rule.seed, (block + b) * 8 + group, rule.stream, rule.threshold))
+              << (8 * group);
+    }
+    bits[b] = word;
+  }
+}
+
+#endif
+
+// Fills bits[0 .. ceil(count / 64)) so that bit j of the sequence is the fate of element first + j.
+// The buffer holds keep_words(count) words; bits past `count` are unspecified.
+inline int64_t keep_words(int64_t count) {
+  return ((count + 63) / 64 + kKeepBlocks) / kKeepBlocks * kKeepBlocks + kKeepBlocks;
+}
+
+inline void fill_keep_bits(const KeepRule& rule, uint64_t first, int64_t count, uint64_t* bits) {
+  const uint64_t block = first / 64;
+  const uint32_t shift = static_cast<uint32_t>(first % 64);
+  const int64_t num_words = (count + 63) / 64;
+  for (int64_t w = 0; w < num_words + (shift != 0); w += kKeepBlocks) {
+    keep_bits256(rule, block + static_cast<uint64_t>(w), bits + w);
+  }
+  if (shift == 0) return;
+  for (int64_t w = 0; w < num_words; ++w) {
+    bits[w] = (bits[w] >> shift) | (bits[w + 1] << (64 - shift));
+  }
+}
+
+}  // namespace pyfast::PYFAST_ISA

@@ -1,0 +1,16 @@
+#include "parallel.h"
+
+#include <pthread.h>
+
+namespace pyfast {
+namespace {
+bool forked_child = false;
+}
+
+void install_fork_handler() {
+  pthread_atfork(nullptr, nullptr, [] { forked_child = true; });
+}
+
+bool is_forked_child() { return forked_child; }
+
+}  // namespace pyfast

@@ -1,0 +1,25 @@
+"""Custom kernels that make existing PyTorch models faster without changing them.
+
+``pyfast.patch(model)`` swaps the modules of a model in place; ``import pyfast.nn as nn`` is a
+drop-in for torch.nn. ``python -m pyfast info`` shows what is usable on this machine.
+"""
+
+from __future__ import annotations
+
+from . import nn, optim
+from ._backend import BackendStatus, backends, use_backend
+from ._patch import PatchReport, patch
+from ._version import __version__
+from .ops.dropout import dropout_mask
+
+__all__ = [
+    "BackendStatus",
+    "PatchReport",
+    "__version__",
+    "backends",
+    "dropout_mask",
+    "nn",
+    "optim",
+    "patch",
+    "use_backend",
+]

@@ -1,0 +1,388 @@
+"""``python -m pyfast bench``: the ops against torch on this machine, each result checked first."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import importlib.util
+import json
+import os
+import pkgutil
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import _backend, benchmarks
+from ._info import cpu_name
+from ._version import __version__
+from .benchmarks.cases import FULL, QUICK, Case, Effort, PreparedCase, Row, first_line, measure
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+QUICK_MAX_ELEMENTS = 1 << 22
+TOLERATED_SLOWDOWN = 1.15
+_KEY = ("op", "case", "shape", "dtype", "device", "implementation")
+
+
+class UsageError(Exception):
+    """A wrong option, in one line for the user."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``python -m pyfast bench``; :func:`main` takes the result."""
+    add = parser.add_argument
+    add("--op", action="append", metavar="NAME", help=f"one of {', '.join(_modules())}; repeatable")
+    add("--dtype", action="append", metavar="NAME", help="such as float32; repeatable")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    text = "less than a minute: fewer rounds, no torch.compile, nothing above 4M elements"
+    add("--quick", action="store_true", help=text)
+    add("--json", type=Path, metavar="FILE", help="write all results and the environment")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the speed-ups")
+    text = (
+        "compare the speed-ups with those of an earlier --json; the exit status is 1 where one of "
+        f"pyfast fell by more than a factor of {TOLERATED_SLOWDOWN}"
+    )
+    add("--compare", type=Path, metavar="OLD.json", help=text)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the benchmarks.
+
+    Args:
+        arguments: the options that :func:`add_arguments` defines.
+
+    Returns:
+        The exit status: 0, or 1 where a result of pyfast is wrong or ``--compare`` found pyfast
+        slower, or 2 for a wrong option or a missing package, with one line on stderr.
+    """
+    packages = ("rich", "matplotlib") if arguments.plot else ("rich",)
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        return _refuse(f"{' and '.join(missing)} not found: pip install 'pyfast[bench]'")
+    try:
+        cases = _select_cases(arguments)
+        old = _read_old(arguments, cases) if arguments.compare else None
+        for option in ("json", "plot"):
+            _check_writable(option, getattr(arguments, option))
+    except UsageError as error:
+        return _refuse(str(error))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(arguments.threads or threads)
+        return _run(arguments, cases, old)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _refuse(text: str) -> int:
+    print(f"pyfast bench: {text}", file=sys.stderr)
+    return 2
+
+
+def _run(arguments: argparse.Namespace, cases: list[Case], old: dict[str, Any] | None) -> int:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    environment = _environment(arguments)
+    rows = _measure_all(cases, arguments)
+    _print_table(console, rows, environment)
+    if arguments.json:
+        lines = ",\n".join(json.dumps(asdict(row), allow_nan=False) for row in rows)
+        content = f'{{"environment": {json.dumps(environment)},\n"rows": [\n{lines}\n]}}\n'
+        arguments.json.write_text(content, encoding="utf-8")
+    if arguments.plot:
+        _plot(rows, environment, arguments.plot)
+    is_slower = old is not None and _print_comparison(console, rows, environment, old)
+    return 1 if is_slower or any(row.failed for row in rows) else 0
+
+
+def _modules() -> dict[str, str]:
+    """``{op: name of its benchmark module}``."""
+    prefix = f"{benchmarks.__name__}.bench_"
+    modules = pkgutil.iter_modules(benchmarks.__path__, f"{benchmarks.__name__}.")
+    names = sorted(module.name for module in modules if module.name.startswith(prefix))
+    return {name.removeprefix(prefix): name for name in names}
+
+
+def _load_cases() -> dict[str, list[Case]]:
+    return {op: importlib.import_module(name).CASES for op, name in _modules().items()}
+
+
+def _select_cases(arguments: argparse.Namespace) -> list[Case]:
+    available = _load_cases()
+    dtypes = {case.dtype_name: None for cases in available.values() for case in cases}
+    for option, known in (("op", available), ("dtype", dtypes)):
+        for name in getattr(arguments, option) or ():
+            if name not in known:
+                raise UsageError(f"--{option} must be one of {', '.join(known)}, got {name}")
+    if arguments.device not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be cpu or cuda, got {arguments.device}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device must be cpu here, got cuda: torch sees no CUDA device")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise UsageError(f"--threads must be at least 1, got {arguments.threads}")
+    chosen = [
+        case
+        for op in available
+        for case in available[op]
+        if op in (arguments.op or available)
+        and case.dtype_name in (arguments.dtype or dtypes)
+        and not (arguments.quick and case.num_elements > QUICK_MAX_ELEMENTS)
+    ]
+    if not chosen:
+        raise UsageError("no case of this --op has this --dtype")
+    return chosen
+
+
+def _check_writable(option: str, path: Path | None) -> None:
+    if path is None:
+        return
+    target = path if path.exists() else path.absolute().parent
+    if path.is_dir() or not os.access(target, os.W_OK):
+        raise UsageError(f"--{option} must be a file that can be written, got {path}")
+    if option == "plot" and path.suffix.lower() != ".png":
+        raise UsageError(f"--plot must be a file whose name ends in .png, got {path}")
+
+
+def _measure_all(cases: list[Case], arguments: argparse.Namespace) -> list[Row]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    effort = QUICK if arguments.quick else FULL
+    device = torch.device(arguments.device)
+    rows: list[Row] = []
+    columns = BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(cases) * effort.rounds)
+        for index, case in enumerate(cases):
+            progress.update(task, completed=index * effort.rounds, description=str(case))
+            rows += _run_case(case, device, effort, lambda: progress.advance(task))
+    return rows
+
+
+def _new_row(case: Case, device: torch.device, implementation: str) -> Row:
+    where = (case.op, case.name, list(case.shape), case.dtype_name, device.type)
+    return Row(*where, implementation, case.num_bytes, case.bar)
+
+
+def _run_case(
+    case: Case, device: torch.device, effort: Effort, after_round: Callable[[], None]
+) -> list[Row]:
+    """Check and time every implementation. What fails has a problem in place of figures."""
+    prepared = PreparedCase(case, device)
+    rows: dict[str, Row] = {}
+    calls = {"copy": prepared.copy_call()}
+    for name in case.implementations:
+        if name == "torch.compile" and not effort.with_compile:
+            continue
+        row = rows[name] = _new_row(case, device, name)
+        try:
+            if name == "pyfast":
+                row.backend, row.problem = prepared.backend, prepared.check()
+            if not row.problem:
+                call = prepared.call(name)
+                call()
+                calls[name] = call
+        except Exception as error:
+            row.problem = first_line(error)
+        row.failed = bool(row.problem) and name != "torch.compile"
+    samples = measure(calls, device, effort, after_round)
+    copy_s, _ = samples.pop("copy")
+    torch_s, _ = samples.get("torch", ([], 0))
+    for name, (seconds, num_calls) in samples.items():
+        rows[name].add_samples(seconds, num_calls, copy_s, torch_s)
+    return list(rows.values())
+
+
+def _environment(arguments: argparse.Namespace) -> dict[str, Any]:
+    native = _backend.native
+    return {
+        "pyfast": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": cpu_name(),
+        "isa": None if native is None else native.selected_isa(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if arguments.device == "cuda" else None,
+        "load_average": round(os.getloadavg()[0], 2),
+        "commit": _commit(),
+        "command": _command(arguments),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of a source tree, with ``-dirty`` where it was changed since."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    words = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    command = ["git", "--no-optional-locks", "-C", str(root), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The command that repeats this run."""
+    words = ["python", "-m", "pyfast", "bench"]
+    for option in ("op", "dtype", "device", "threads", "json", "plot", "compare"):
+        value = getattr(arguments, option)
+        for word in value if isinstance(value, list) else [value]:
+            words += [f"--{option}", str(word)] if word is not None else []
+    return shlex.join(words + ["--quick"] * arguments.quick)
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    names = ("torch", "pyfast", "python", "cpu", "isa", "threads", "load_average", "gpu")
+    return ", ".join(f"{name} {environment[name]}" for name in names if environment.get(name))
+
+
+def _print_table(console: Console, rows: list[Row], environment: dict[str, Any]) -> None:
+    table = _table("median us", "IQR us", "GB/s", "% of copy", "x copy time", "x torch")
+    table.add_column("backend", max_width=60)
+    before = None
+    for row in rows:
+        where = row.where if row.where != before else ("",) * len(row.where)
+        table.add_row(*where, row.implementation, *_figures(row))
+        before = row.where
+    _print_whole(console, table)
+    notes = [
+        "copy: dst.copy_(src) that moves as many bytes, in the same rounds. x copy time: the time "
+        f"over moving these bytes once{_goal(rows)}",
+        "x torch: median over the rounds of torch's time by this one's. pyfast is green above 1 "
+        "where the quartile ranges of the two do not overlap, red below 1",
+        _machine(environment),
+    ]
+    if all(row.implementation != "torch.compile" for row in rows):
+        notes.append("left out by --quick: torch.compile, and cases above 4M elements")
+    for note in notes:
+        console.print(note, style="dim", markup=False, soft_wrap=True)
+
+
+def _goal(rows: list[Row]) -> str:
+    bars = {row.bar for row in rows if row.bar is not None}
+    return f"; the goal of pyfast's fused ops is {max(bars)}" if bars else ""
+
+
+def _figures(row: Row) -> list[Text]:
+    from rich.text import Text
+
+    over_copy_style = speedup_style = ""
+    if row.implementation == "pyfast" and row.time_over_copy and row.bar:
+        over_copy_style = "green" if row.time_over_copy <= row.bar else "red"
+    if row.implementation == "pyfast" and row.speedup and (row.is_clear or row.speedup < 1):
+        speedup_style = "green" if row.speedup > 1 else "red"
+    figures = (
+        (row.median_us, ",.1f", ""),
+        (row.iqr_us, ",.1f", ""),
+        (row.bandwidth_gbps, ",.2f", ""),
+        (row.percent_of_copy, ".0f", ""),
+        (row.time_over_copy, ".2f", over_copy_style),
+        (row.speedup, ".2f", speedup_style),
+    )
+    cells = [Text("-" if x is None else format(x, spec), style) for x, spec, style in figures]
+    if row.failed:
+        return [*cells, Text(f"FAILED: {row.problem}", "bold red")]
+    return [*cells, Text(f"left out: {row.problem}", "dim") if row.problem else Text(row.backend)]
+
+
+def _table(*figures: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("op", "case", "shape", "dtype", "implementation"):
+        table.add_column(name, no_wrap=True)
+    for name in figures:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """Print at full width: a narrow terminal must not shorten numbers."""
+    from rich.measure import Measurement
+
+    wide = console.options.update(width=1000)
+    console.width = max(console.width, Measurement.get(console, wide, table).maximum)
+    console.print(table)
+
+
+def _plot(rows: list[Row], environment: dict[str, Any], path: Path) -> None:
+    """A bar for each speed-up; the bars of losing rows point left."""
+    from matplotlib.figure import Figure
+
+    bars = {
+        f"{' '.join(row.where)}, {row.implementation}": row.speedup
+        for row in rows
+        if row.speedup is not None and row.implementation != "torch"
+    }
+    colors = ["C0" if label.endswith(", pyfast") else "0.7" for label in bars]
+    figure = Figure(figsize=(11, 1.5 + 0.25 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(list(bars), [speedup - 1 for speedup in bars.values()], left=1, color=colors)
+    for y, speedup in enumerate(bars.values()):
+        axes.text(speedup, y, f" {speedup:.2f} ", va="center", ha=("right", "left")[speedup >= 1])
+    axes.set(xscale="log", xlabel="x torch (torch's time by this one's)")
+    axes.margins(x=0.15, y=0.01)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    figure.suptitle(_machine(environment))
+    figure.savefig(path, dpi=120)
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in _KEY)
+
+
+def _read_old(arguments: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
+    """An earlier result: its environment, and its speed-ups by key."""
+    path: Path = arguments.compare
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        environment = dict(content["environment"])
+        speedups = {_key(row): float(row["speedup"]) for row in content["rows"] if row["speedup"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--compare cannot use {path}: {first_line(error)}") from None
+    device = torch.device(arguments.device)
+    if not any(_key(asdict(_new_row(case, device, "pyfast"))) in speedups for case in cases):
+        raise UsageError(f"--compare cannot use {path}: it has no case of this run")
+    return {"environment": environment, "speedups": speedups}
+
+
+def _print_comparison(
+    console: Console, rows: list[Row], environment: dict[str, Any], old: dict[str, Any]
+) -> bool:
+    """Show the speed-ups then and now; True where one of pyfast fell too far."""
+    from rich.text import Text
+
+    table, falls = _table("x torch then", "now", "now / then"), []
+    for row in rows:
+        then, now = old["speedups"].get(_key(asdict(row))), row.speedup
+        if row.implementation == "torch" or now is None or then is None:
+            continue
+        is_slower = row.implementation == "pyfast" and then > TOLERATED_SLOWDOWN * now
+        falls += [is_slower] if row.implementation == "pyfast" else []
+        figures = [Text(f"{x:.2f}", "red" if is_slower else "") for x in (then, now, now / then)]
+        table.add_row(*row.where, row.implementation, *figures)
+    _print_whole(console, table)
+    for label, facts in (("then", old["environment"]), ("now ", environment)):
+        console.print(f"{label}: {_machine(facts)}", style="dim", markup=False, soft_wrap=True)
+    verdict = f"of {len(falls)} speed-ups of pyfast, {sum(falls)} fell by more than a factor of "
+    console.print(f"{verdict}{TOLERATED_SLOWDOWN}", style="red" if any(falls) else "")
+    return any(falls)

@@ -1,0 +1,192 @@
+"""``pyfast.patch``: swap the modules of a model in place.
+
+A swap assigns ``module.__class__``: pyfast's modules are subclasses of torch's with the same
+attributes, so the module object stays, and with it its hooks, its parameters, and every reference
+that a parent or an optimizer holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn
+
+from . import nn
+
+_REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.Dropout: nn.Dropout,
+    torch.nn.Dropout1d: nn.Dropout1d,
+    torch.nn.Dropout2d: nn.Dropout2d,
+    torch.nn.Dropout3d: nn.Dropout3d,
+    torch.nn.AlphaDropout: nn.AlphaDropout,
+    torch.nn.FeatureAlphaDropout: nn.FeatureAlphaDropout,
+}
+_OURS = frozenset(_REPLACEMENTS.values())
+
+
+@dataclass(frozen=True)
+class PatchEntry:
+    """What happened to one module.
+
+    Attributes:
+        path: where the module is in the model, ``"(root)"`` for the model itself; all places of a
+            shared module, separated by ``", "``.
+        source: the module's class before the patch.
+        target: the class it was given; None where it was not swapped.
+        reason: why it was not swapped; empty where it was.
+    """
+
+    path: str
+    source: type[torch.nn.Module]
+    target: type[torch.nn.Module] | None
+    reason: str
+    _module: torch.nn.Module = field(repr=False, compare=False)
+
+
+@dataclass(repr=False)
+class PatchReport:
+    """What :func:`patch` did, one entry for each module it knows; ``print`` shows it as a table.
+
+    Attributes:
+        entries: in the order of ``model.named_modules()``.
+        dry_run: True where nothing was changed, and the entries say what would be.
+    """
+
+    entries: list[PatchEntry]
+    dry_run: bool = False
+    _undone: bool = field(default=False, init=False)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[PatchEntry]:
+        return iter(self.entries)
+
+    @property
+    def swapped(self) -> list[PatchEntry]:
+        """The entries of the modules that were swapped (in a dry run: that would be)."""
+        return [entry for entry in self.entries if entry.target is not None]
+
+    @property
+    def skipped(self) -> list[PatchEntry]:
+        """The entries of the modules that were left alone; each has a ``reason``."""
+        return [entry for entry in self.entries if entry.target is None]
+
+    def undo(self) -> None:
+        """Give every swapped module its former class back.
+
+        A module whose class was changed again since the patch is left alone. Only the first call
+        does anything, and none does after a dry run.
+        """
+        if self.dry_run or self._undone:
+            return
+        self._undone = True
+        for entry in self.swapped:
+            if type(entry._module) is entry.target:
+                entry._module.__class__ = entry.source
+
+    def __repr__(self) -> str:
+        return f"<PatchReport: {len(self.swapped)} swapped, {len(self.skipped)} skipped>"
+
+    def __str__(self) -> str:
+        if not self.entries:
+            return "pyfast.patch: the model has no module that pyfast replaces"
+        rows = [("module", "from", "to, or why not")]
+        for entry in self:
+            to = class_name(entry.target) if entry.target is not None else entry.reason
+            rows.append((entry.path, class_name(entry.source), to))
+        width, source_width = (max(len(row[column]) for row in rows) for column in (0, 1))
+        lines = [f"{path:{width}}  {source:{source_width}}  {to}" for path, source, to in rows]
+        verb = "would be swapped" if self.dry_run else "swapped"
+        return "\n".join([*lines, f"{len(self.swapped)} of {len(self)} modules {verb}"])
+
+
+def class_name(kind: type[torch.nn.Module]) -> str:
+    """The name as users write it: torch.nn and pyfast.nn export what their submodules define."""
+    for package in (torch.nn, nn):
+        if vars(package).get(kind.__name__) is kind:
+            return f"{package.__name__}.{kind.__name__}"
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _find(
+    module: torch.nn.Module, path: str = "", above: frozenset[int] = frozenset()
+) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Every path of the model with its module. Stops at ScriptModules and at cycles."""
+    yield path or "(root)", module
+    if isinstance(module, torch.jit.ScriptModule) or id(module) in above:
+        return
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _find(child, f"{path}.{name}" if path else name, above | {id(module)})
+
+
+def _why_skipped(module: torch.nn.Module) -> str | None:
+    """Why a module is left alone: empty if it is not, None if it needs no mention."""
+    kind = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return "a ScriptModule: its code, and that of the modules in it, is compiled already"
+    if kind in _REPLACEMENTS:
+        return "its forward is overridden on the instance" if "forward" in module.__dict__ else ""
+    if kind in _OURS:
+        return "already pyfast's"
+    for known in _REPLACEMENTS:
+        if isinstance(module, known):
+            return f"a subclass of {known.__name__}: its forward may differ"
+    if isinstance(module, torch.nn.MultiheadAttention) and module.dropout > 0:
+        return (
+            "its dropout is inside scaled_dot_product_attention, which pyfast does not replace yet"
+        )
+    return None
+
+
+def patch(model: torch.nn.Module, dry_run: bool = False) -> PatchReport:
+    """Make a model use pyfast: swap the modules that pyfast replaces, in place.
+
+    What is replaced, by pyfast.nn's class of the same name: ``torch.nn.Dropout``, ``Dropout1d``,
+    ``Dropout2d``, ``Dropout3d``, ``AlphaDropout`` and ``FeatureAlphaDropout``. Evaluation gives
+    the same numbers as before. In training the masks are other ones of the same distribution; see
+    :func:`pyfast.nn.functional.dropout` for the differences.
+
+    What stays: every module object (the root too, so nothing needs to be reassigned), its hooks,
+    training flag, parameters and buffers, the ``state_dict``, shared modules, and optimizers made
+    before the call. Copies and pickles of a patched model are patched; unpickling one needs
+    pyfast. A compiled model is patched inside, and compiles again on its next call. The device
+    does not matter, and may be the meta device.
+
+    What is left alone, and reported with the reason: subclasses of these classes, modules whose
+    ``forward`` is overridden on the instance, modules that are pyfast's already, ScriptModules
+    with all that is in them, and ``torch.nn.MultiheadAttention`` with ``dropout > 0``, whose
+    dropout is a number and not a module. Modules of other types are not listed. Dropout that a
+    ``forward`` calls as a function is not seen.
+
+    Args:
+        model: the model; swapped itself if it is an instance of one of these classes.
+        dry_run: change nothing, report what would be. Default: ``False``
+
+    Returns:
+        A :class:`PatchReport`: ``print`` it, iterate over it, or call its ``undo()``. It holds
+        references to the modules it lists.
+
+    Raises:
+        TypeError: if ``model`` is not a ``torch.nn.Module``.
+    """
+    if not isinstance(model, torch.nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"patch: model must be a torch.nn.Module, got {what}")
+    modules: dict[int, torch.nn.Module] = {}
+    paths: dict[int, list[str]] = {}
+    for path, module in _find(model):
+        modules[id(module)] = module
+        paths.setdefault(id(module), []).append(path)
+    entries = []
+    for key, module in modules.items():
+        reason = _why_skipped(module)
+        if reason is not None:
+            source, target = type(module), None if reason else _REPLACEMENTS[type(module)]
+            entries.append(PatchEntry(", ".join(paths[key]), source, target, reason, module))
+            if target is not None and not dry_run:
+                module.__class__ = target
+    return PatchReport(entries, dry_run)

@@ -1,0 +1,97 @@
+"""The course of the demo: two models, training with a progress bar, checks, report."""
+
+from __future__ import annotations
+
+import copy
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import pyfast
+
+from .comparison import compare
+from .data import Corpus
+from .html_report import write_html
+from .model import GPT
+from .options import Options
+from .report import Results, environment, print_introduction, print_results, write_json
+from .training import Run, evaluate, make_run, measure_memory, train
+
+PROMPT = b"def "
+SAMPLE_LENGTH = 300
+SHOWN_STEPS = 20  # the figures beside the bars are medians and means over so many steps
+
+
+def run(options: Options, corpus: Corpus) -> int:
+    """Train, compare and report; returns the exit status. The caller's random state is kept."""
+    console = Console(highlight=False)
+    options.out.mkdir(parents=True, exist_ok=True)
+    gpus = [torch.cuda.current_device()] if options.device == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        results = _run(options, corpus, console)
+    write_json(results, options.out / "report.json")
+    write_html(results, options.out / "report.html")
+    print_results(results, console)
+    return 1 if results.comparison.problems else 0
+
+
+def _run(options: Options, corpus: Corpus, console: Console) -> Results:
+    torch.manual_seed(options.seed)
+    stock = GPT(
+        layers=options.layers, width=options.width, heads=options.heads, context=options.context
+    ).to(options.device)
+    patched = copy.deepcopy(stock)
+    patch_report = pyfast.patch(patched)
+    parameters = sum(parameter.numel() for parameter in stock.parameters())
+    print_introduction(options, corpus, parameters, console)
+    runs = make_run("stock", stock), make_run("patched", patched)
+    with _progress(console) as progress:
+        _train(runs, corpus, options, progress)
+    for run in runs:
+        evaluate(run, corpus, options)
+        measure_memory(run, corpus, options)
+    return Results(
+        options=options,
+        corpus=corpus,
+        parameters=parameters,
+        runs=runs,
+        comparison=compare(*runs, options),
+        patch_report=patch_report,
+        sample=patched.sample(PROMPT, SAMPLE_LENGTH, options.seed),
+        environment=environment(options.device),
+    )
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:>7}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[speed]:7,.0f} tokens/s"),
+        TimeRemainingColumn(),
+        console=console,
+        expand=True,
+    )
+
+
+def _train(runs: tuple[Run, Run], corpus: Corpus, options: Options, progress: Progress) -> None:
+    tasks = [
+        progress.add_task(run.name, total=options.steps, loss=float("nan"), speed=float("nan"))
+        for run in runs
+    ]
+
+    def show() -> None:
+        for task, run in zip(tasks, runs, strict=True):
+            losses = run.losses[-SHOWN_STEPS:]
+            seconds = median(run.step_seconds[-SHOWN_STEPS:])
+            progress.update(
+                task,
+                advance=1,
+                loss=sum(losses) / len(losses),
+                speed=options.batch * options.context / seconds,
+            )
+
+    train(runs, corpus, options, show)

@@ -1,0 +1,34 @@
+"""``import pyfast.nn as nn``: torch.nn with pyfast's modules in place of torch's; what is not here
+is torch's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn as _torch
+
+from . import functional
+from .dropconnect import DropConnect
+from .dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
+from .fused import BiasDropoutAdd, DropoutAddNorm
+
+__all__ = [
+    "AlphaDropout",
+    "BiasDropoutAdd",
+    "DropConnect",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "DropoutAddNorm",
+    "FeatureAlphaDropout",
+    "functional",
+]
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(_torch, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(dir(_torch)) | set(__all__))

@@ -1,0 +1,40 @@
+"""``torch.nn.functional`` with pyfast's functions in place of torch's; what is not here is torch's
+own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as _torch
+
+from ..ops.bias_dropout_add import bias_dropout_add
+from ..ops.dropconnect import dropconnect_linear
+from ..ops.dropout import (
+    alpha_dropout,
+    dropout,
+    dropout1d,
+    dropout2d,
+    dropout3d,
+    feature_alpha_dropout,
+)
+from ..ops.dropout_add_norm import dropout_add_norm
+
+__all__ = [
+    "alpha_dropout",
+    "bias_dropout_add",
+    "dropconnect_linear",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "dropout_add_norm",
+    "feature_alpha_dropout",
+]
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(_torch, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(dir(_torch)) | set(__all__))

@@ -1,0 +1,520 @@
+"""Dropout and its relatives: one op, ``y = keep ? x * scale + shift : fill``."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from .. import _random
+from .._backend import KERNEL_DTYPES
+from ..kernels.dropout.dropout_reference import (
+    attention_mask_reference,
+    dropout_reference,
+    keep_mask_reference,
+)
+from ._native import LARGE, get_num_threads, large_empty_like, native
+from ._op import Op, is_eager
+
+_native_dropout: Any = getattr(native, "dropout", None)
+_torch_empty_like = torch.empty_like
+_is_grad_enabled = torch.is_grad_enabled
+_SELU_SATURATION = 1.7580993408473766  # -alpha' of Klambauer et al. 2017: lambda * alpha
+
+
+def _dropout_native(x: Tensor, *arguments: Any) -> Tensor:
+    y = _torch_empty_like(x) if x.numel() < LARGE else large_empty_like(x)
+    _native_dropout(x, y, *arguments, get_num_threads())
+    return y
+
+
+def _dropout_triton(x: Tensor, seed: int | Tensor, *arguments: Any) -> Tensor:
+    from ..kernels.dropout.dropout_triton import dropout_triton
+
+    return dropout_triton(x, seed, *arguments)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    seed = inputs[1]
+    if type(seed) is int:
+        ctx.arguments = inputs[1:]
+    else:
+        ctx.arguments = (None, *inputs[2:])
+        ctx.save_for_backward(seed)
+
+
+def _regenerated(
+    grad: Tensor,
+    seed: int | Tensor,
+    threshold: int,
+    stream: int,
+    scale: float,
+    shift: float,
+    fill: float,
+    mask_ndim: int,
+) -> Tensor:
+    """The gradient of dropout: the same map without its constants."""
+    return dropout_op(grad, seed, threshold, stream, scale, -0.0, 0.0, mask_ndim)  # type: ignore[no-any-return]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    seed, *rest = ctx.arguments
+    grad = _regenerated(grad, ctx.saved_tensors[0] if seed is None else seed, *rest)
+    return grad, None, None, None, None, None, None, None
+
+
+def _vmap(
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, seed: Tensor, *arguments: Any
+) -> tuple[Tensor, int]:
+    x_dim, seed_dim = in_dims[0], in_dims[1]
+    xs = x.unbind(x_dim) if x_dim is not None else (x,) * info.batch_size
+    seeds = seed.unbind(seed_dim) if seed_dim is not None else (seed,) * info.batch_size
+    return torch.stack(
+        [dropout_op(x, seed, *arguments) for x, seed in zip(xs, seeds, strict=True)]
+    ), 0
+
+
+dropout_op = Op(
+    "dropout(Tensor x, Tensor seed, int threshold, int stream, float scale, float shift,"
+    " float fill, int mask_ndim) -> Tensor",
+    {
+        "cpu": _dropout_native,
+        "cuda": _dropout_native,
+        "triton": _dropout_triton,
+        "reference": dropout_reference,
+    },
+    fake=lambda x, *_: torch.empty_like(x),
+    setup_context=_setup_context,
+    backward=_backward,
+    vmap=_vmap,
+)
+
+
+def threshold_of(p: float) -> int:
+    """An element is kept iff its 16 bits are at least this."""
+    return round(p * 65536)
+
+
+def scale_of(threshold: int) -> float:
+    """One over the true keep rate, so that the expectation is exact; 0 where nothing is kept."""
+    return 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+
+
+def resolve_seed(
+    op: str, like: Tensor, eager: bool, generator: Generator | None, seed: int | Tensor | None
+) -> int | Tensor:
+    """The seed of one call: the caller's, or one draw from torch's generator."""
+    if seed is None:
+        if eager:
+            return _random.draw_eager(like, generator)
+        return _random.draw_traced(like, generator)
+    _random.check_seed(op, seed)
+    if eager:
+        return _random.to_signed(seed) if isinstance(seed, int) else seed
+    return _random.as_seed_tensor(seed, like)
+
+
+@functools.lru_cache(maxsize=256)
+def _affine(p: float, alpha: bool) -> tuple[int, int, float, float, float]:
+    """(threshold, stream, scale, shift, fill); a shift of -0.0 changes nothing."""
+    threshold, stream = threshold_of(p), _random.DROPOUT_STREAM
+    if not alpha or threshold in (0, 65536):
+        return threshold, stream, scale_of(threshold), -0.0, 0.0
+    rate = threshold / 65536
+    scale = 1 / math.sqrt((_SELU_SATURATION**2 * rate + 1) * (1 - rate))
+    shift = _SELU_SATURATION * scale * rate
+    return threshold, stream, scale, shift, shift - _SELU_SATURATION * scale
+
+
+def check_probability(p: float) -> None:
+    if p < 0.0 or p > 1.0:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    if p != p:
+        raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {p}")
+
+
+def _apply(
+    op: str,
+    x: Tensor,
+    p: float,
+    inplace: bool,
+    generator: Generator | None,
+    seed: int | Tensor | None,
+    *,
+    alpha: bool = False,
+    mask_ndim: int | None = None,
+) -> Tensor:
+    eager = is_eager(x)
+    if seed is None and generator is None and eager and x.is_cpu:
+        # What resolve_seed would do, without its calls.
+        seed = int(_random.buffer.tensor.random_().item())
+    else:
+        seed = resolve_seed(op, x, eager, generator, seed)
+    arguments = (seed, *_affine(p, alpha), x.dim() if mask_ndim is None else mask_ndim)
+    if inplace:
+        return _dropout_inplace(x, eager, *arguments)
+    if not eager:
+        return dropout_op.dispatched(x, *arguments)  # type: ignore[no-any-return]
+    if (
+        _is_grad_enabled()
+        and x.requires_grad
+        and forward_ad._current_level < 0
+        and type(seed) is int
+    ):
+        return _differentiable_dropout(x, arguments)  # type: ignore[no-any-return]
+    return dropout_op.eager(x, *arguments)  # type: ignore[no-any-return]
+
+
+class _Dropout(torch.autograd.Function):
+    """What Op makes of setup_context and backward, for a seed that is an int: two inputs instead of
+    eight and one attribute halve the cost of a small call."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+        ctx.arguments = arguments
+        return dropout_op.run(x, *arguments)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _regenerated(grad, *ctx.arguments), None
+
+
+# Function.apply less its check for functorch, which is_eager makes.
+_differentiable_dropout: Any = super(torch.autograd.Function, _Dropout).apply
+
+
+class _InplaceDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
+        _setup_context(ctx, (x, *arguments), x)
+        ctx.mark_dirty(x)
+        _run_inplace(x, *arguments)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _backward(ctx, grad)
+
+
+_inplace_dropout: Any = _InplaceDropout.apply
+
+
+def _run_inplace(x: Tensor, seed: int | Tensor, *arguments: Any) -> None:
+    if dropout_op.backend_of(x) in ("cpu", "cuda"):
+        _native_dropout(x, x, seed, *arguments, get_num_threads())
+    else:
+        x.copy_(dropout_op.run(x, seed, *arguments))
+
+
+def _dropout_inplace(x: Tensor, eager: bool, *arguments: Any) -> Tensor:
+    if not eager or x._is_view() or x.is_inference():
+        # copy_ refuses what must not be written, before it writes.
+        return x.copy_(dropout_op(x, *arguments))
+    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a "
+            "single memory location. Please clone() the tensor before performing the operation."
+        )
+    if torch.is_grad_enabled() and x.requires_grad:
+        if x.is_leaf:
+            raise RuntimeError(
+                "a leaf Variable that requires grad is being used in an in-place operation."
+            )
+        return _inplace_dropout(x, *arguments)  # type: ignore[no-any-return]
+    _run_inplace(x, *arguments)
+    torch.autograd.graph.increment_version(x)
+    return x
+
+
+def dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: Generator | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """Zero each element with probability ``p`` and scale the others by one over the keep rate.
+
+    Replaces :func:`torch.nn.functional.dropout`. Differences: the mask is a function of the seed
+    and the element's index alone (Philox-4x32-7, 16 bits an element), the same on every backend and
+    for any number of threads; only the seed is saved for the backward pass; ``p`` has a resolution
+    of 2**-16 and the scale is the inverse of the true keep rate, so that the expectation is exact;
+    a dropped NaN or Inf becomes 0 (torch on the CPU gives NaN); torch's generator advances by one
+    64-bit draw a call, on the CPU also for CUDA tensors.
+
+    Args:
+        input: any shape and strides; float32, float64, float16 or bfloat16. The result has its
+            dtype and memory format.
+        p: probability of an element to be zeroed. Default: 0.5
+        training: ``False`` returns ``input`` itself. Default: ``True``
+        inplace: write the result to ``input``. Default: ``False``
+        generator: where the seed is drawn from. Default: torch's default CPU generator
+        seed: the 64-bit seed itself, an int or a tensor of one int64 (on the CPU or on the device
+            of ``input``).
+
+    Returns:
+        A tensor of input's shape; ``input`` itself if ``p`` is 0, ``training`` is False or there
+        are no elements.
+
+    Raises:
+        ValueError: if ``p`` is outside of [0, 1].
+        RuntimeError, NotImplementedError: for the integer and complex dtypes that torch refuses,
+            with torch's text.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            dropout,
+            (input,),
+            input,
+            p=p,
+            training=training,
+            inplace=inplace,
+            generator=generator,
+            seed=seed,
+        )
+    if not 0.0 <= p <= 1.0:
+        check_probability(p)
+    if not training or p == 0 or input.numel() == 0:
+        return input
+    if input.dtype not in KERNEL_DTYPES:
+        return F.dropout(input, p, training, inplace)
+    return _apply("dropout", input, p, inplace, generator, seed)
+
+
+def alpha_dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    generator: Generator | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """Set each element to the negative saturation value of SELU with probability ``p``, keeping
+    mean and variance.
+
+    Replaces :func:`torch.nn.functional.alpha_dropout` (Klambauer et al., "Self-Normalizing Neural
+    Networks", 2017). Arguments, result, errors and differences are those of :func:`dropout`, but
+    ``training`` defaults to ``False``, as torch's does.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            alpha_dropout,
+            (input,),
+            input,
+            p=p,
+            training=training,
+            inplace=inplace,
+            generator=generator,
+            seed=seed,
+        )
+    if not 0.0 <= p <= 1.0:
+        check_probability(p)
+    if not training or p == 0 or input.numel() == 0:
+        return input
+    if input.dtype not in KERNEL_DTYPES:
+        return F.alpha_dropout(input, p, training, inplace)
+    return _apply("alpha_dropout", input, p, inplace, generator, seed, alpha=True)
+
+
+def _feature(
+    op: str,
+    input: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    generator: Generator | None,
+    seed: int | Tensor | None,
+    mask_ndim: int,
+    alpha: bool = False,
+) -> Tensor:
+    if not training or p == 0 or input.numel() == 0:
+        return input
+    if input.dtype not in KERNEL_DTYPES:
+        # torch refuses these dtypes; called for its error.
+        return (F.feature_alpha_dropout if alpha else F.dropout)(input, p, training, inplace)
+    if input.dim() < 2 and p < 1:
+        raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
+    return _apply(op, input, p, inplace, generator, seed, alpha=alpha, mask_ndim=mask_ndim)
+
+
+def dropout1d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: Generator | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """Zero whole channels of a (N, C, L) or (C, L) tensor with probability ``p``.
+
+    Replaces :func:`torch.nn.functional.dropout1d`. Arguments, result, errors and differences are
+    those of :func:`dropout`; channel c of sample n has the mask index ``n * C + c``.
+
+    Raises:
+        RuntimeError: if the input has neither 2 nor 3 dimensions.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            dropout1d,
+            (input,),
+            input,
+            p=p,
+            training=training,
+            inplace=inplace,
+            generator=generator,
+            seed=seed,
+        )
+    check_probability(p)
+    if input.dim() != 3:
+        F.dropout1d(input, 0.0, False)  # torch's error for a wrong rank
+    return _feature("dropout1d", input, p, training, inplace, generator, seed, input.dim() - 1)
+
+
+def dropout2d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: Generator | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """Zero whole channels of a (N, C, H, W) tensor with probability ``p``.
+
+    Replaces :func:`torch.nn.functional.dropout2d`, with its warnings: other ranks are deprecated,
+    and a 3-D input is read as (N, C, L). Arguments, result, errors and differences are those of
+    :func:`dropout`.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            dropout2d,
+            (input,),
+            input,
+            p=p,
+            training=training,
+            inplace=inplace,
+            generator=generator,
+            seed=seed,
+        )
+    check_probability(p)
+    if input.dim() != 4:
+        F.dropout2d(input, 0.0, False)  # torch's warnings about the rank
+    return _feature("dropout2d", input, p, training, inplace, generator, seed, 2)
+
+
+def dropout3d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: Generator | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """Zero whole channels of a (N, C, D, H, W) or (C, D, H, W) tensor with probability ``p``.
+
+    Replaces :func:`torch.nn.functional.dropout3d`, with its warning for other ranks. Arguments,
+    result, errors and differences are those of :func:`dropout`.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            dropout3d,
+            (input,),
+            input,
+            p=p,
+            training=training,
+            inplace=inplace,
+            generator=generator,
+            seed=seed,
+        )
+    check_probability(p)
+    if input.dim() != 5:
+        F.dropout3d(input, 0.0, False)  # torch's warnings about the rank
+    # torch adds the batch dimension to everything but 5-D input.
+    mask_ndim = 2 if input.dim() == 5 else 1
+    return _feature("dropout3d", input, p, training, inplace, generator, seed, mask_ndim)
+
+
+def feature_alpha_dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    generator: Generator | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """Alpha dropout of whole channels: the first two dimensions index the mask.
+
+    Replaces :func:`torch.nn.functional.feature_alpha_dropout`. Arguments, result, errors and
+    differences are those of :func:`alpha_dropout`.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            feature_alpha_dropout,
+            (input,),
+            input,
+            p=p,
+            training=training,
+            inplace=inplace,
+            generator=generator,
+            seed=seed,
+        )
+    check_probability(p)
+    return _feature(
+        "feature_alpha_dropout", input, p, training, inplace, generator, seed, 2, alpha=True
+    )
+
+
+def dropout_mask(
+    shape: torch.Size | tuple[int, ...],
+    p: float,
+    seed: int | Tensor,
+    *,
+    stream: int = _random.DROPOUT_STREAM,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The mask that a seed stands for, as a bool tensor: True where an element is kept.
+
+    Every backend drops exactly these elements: ``dropout(x, p, seed=seed)`` keeps where
+    ``dropout_mask(x.shape, p, seed)`` is True; for ``dropout2d`` and its like ``shape`` is (N, C).
+
+    Args:
+        shape: of the tensor; for ``stream=0`` (attention) (..., num_heads, L, S), whose leading
+            dimensions flatten to the index batch * num_heads + head.
+        p: the probability to drop, in [0, 1].
+        seed: the 64-bit seed, an int or a tensor of one int64.
+        stream: which use of the seed: 0 attention, 1 dropout (default), 2 DropConnect.
+        device: where the mask is made. Default: the CPU.
+
+    Raises:
+        ValueError: if ``p``, ``stream`` or ``shape`` is out of range.
+    """
+    check_probability(p)
+    _random.check_seed("dropout_mask", seed)
+    if stream not in (_random.ATTENTION_STREAM, _random.DROPOUT_STREAM, _random.DROPCONNECT_STREAM):
+        raise ValueError(
+            "dropout_mask: stream must be 0 (attention), 1 (dropout) or 2 (DropConnect), "
+            f"got {stream}"
+        )
+    where = torch.device(device if device is not None else "cpu")
+    threshold = threshold_of(p)
+    if isinstance(seed, int):
+        seed = _random.to_signed(seed)
+    if stream == _random.ATTENTION_STREAM:
+        if len(shape) < 2:
+            raise ValueError(
+                f"dropout_mask: an attention mask needs a shape (..., L, S), got {tuple(shape)}"
+            )
+        return attention_mask_reference(shape, seed, threshold, where)
+    return keep_mask_reference(torch.Size(shape), seed, threshold, stream, where)

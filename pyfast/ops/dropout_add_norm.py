@@ -1,0 +1,277 @@
+"""``norm(residual + dropout(x))`` in one pass: what stands between two layers of a transformer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .. import _random
+from ..kernels.dropout_add_norm.dropout_add_norm_reference import (
+    dropout_add_norm_backward_reference,
+    dropout_add_norm_reference,
+    norm_gradients,
+)
+from ._native import column_partials, compute_dtype, empty_like, get_num_threads, native
+from ._op import Op, is_eager
+from .bias_dropout_add import check_matrix, check_vector
+from .dropout import check_probability, dropout_op, resolve_seed, scale_of, threshold_of
+
+_STREAM = _random.DROPOUT_STREAM
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
+    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _forward_native(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: int | Tensor,
+    threshold: int,
+    stream: int,
+    scale: float,
+    eps: float,
+    rms: bool,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, residual, weight, bias = _contiguous(x, residual, weight, bias)
+    num_columns = x.shape[-1]
+    num_rows = x.numel() // num_columns if num_columns else 0
+    compute = compute_dtype(x)
+    y = empty_like(x)
+    z = empty_like(x) if keep_z else x.new_empty(0)
+    mean = x.new_empty(0 if rms else num_rows, dtype=compute)
+    rstd = x.new_empty(num_rows, dtype=compute)
+    native.dropout_add_norm(
+        x,
+        residual,
+        weight,
+        bias,
+        y,
+        z if keep_z else None,
+        None if rms else mean,
+        rstd,
+        seed,
+        threshold,
+        stream,
+        scale,
+        eps,
+        rms,
+        num_columns,
+        get_num_threads(),
+    )
+    return y, z, mean, rstd
+
+
+def _backward_native(
+    grad_y: Tensor,
+    grad_z: Tensor | None,
+    z: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: int | Tensor,
+    threshold: int,
+    stream: int,
+    scale: float,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_y, grad_z, z, weight = _contiguous(grad_y, grad_z, z, weight)
+    num_columns = z.shape[-1]
+    grad_x, grad_residual = empty_like(z), empty_like(z)
+    vectors = z.new_zeros(2, num_columns, dtype=compute_dtype(z))
+    grad_weight, grad_bias = vectors.unbind()
+    native.dropout_add_norm_backward(
+        grad_y,
+        grad_z,
+        z,
+        weight,
+        None if rms else mean,
+        rstd,
+        grad_x,
+        grad_residual,
+        column_partials(z, 2),
+        grad_weight,
+        grad_bias,
+        seed,
+        threshold,
+        stream,
+        scale,
+        rms,
+        num_columns,
+        get_num_threads(),
+    )
+    return grad_x, grad_residual, grad_weight, grad_bias
+
+
+def _forward_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ..kernels.dropout_add_norm.dropout_add_norm_triton import dropout_add_norm_triton
+
+    return dropout_add_norm_triton(*arguments)
+
+
+def _backward_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ..kernels.dropout_add_norm.dropout_add_norm_triton import dropout_add_norm_backward_triton
+
+    return dropout_add_norm_backward_triton(*arguments)
+
+
+_backward_op = Op(
+    "dropout_add_norm_backward(Tensor grad_y, Tensor? grad_z, Tensor z, Tensor? weight,"
+    " Tensor mean, Tensor rstd, Tensor seed, int threshold, int stream, float scale, float eps,"
+    " bool rms) -> (Tensor, Tensor, Tensor, Tensor)",
+    {
+        "cpu": _backward_native,
+        "cuda": _backward_native,
+        "triton": _backward_triton,
+        "reference": dropout_add_norm_backward_reference,
+    },
+    fake=lambda grad_y, grad_z, z, *_: (
+        z.new_empty(z.shape),
+        z.new_empty(z.shape),
+        z.new_empty(z.shape[-1], dtype=compute_dtype(z)),
+        z.new_empty(z.shape[-1], dtype=compute_dtype(z)),
+    ),
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, residual, weight, bias, seed, *rule, _ = inputs
+    _, z, mean, rstd = output
+    ctx.present = (residual is not None, weight is not None, bias is not None)
+    ctx.rule = tuple(rule)
+    ctx.seed = seed if isinstance(seed, int) else None
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, weight, mean, rstd, None if isinstance(seed, int) else seed)
+
+
+def _backward(
+    ctx: Any, grad_y: Tensor | None, grad_z: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    z, weight, mean, rstd, seed = ctx.saved_tensors
+    seed = ctx.seed if seed is None else seed
+    threshold, stream, scale, eps, rms = ctx.rule
+    if grad_y is None:
+        grad_y = torch.zeros_like(z)
+    if torch.is_grad_enabled():
+        # A second derivative is wanted: the same formulas in plain torch, from z, whose own
+        # gradient leads on to x and residual.
+        dz, grad_weight, grad_bias = norm_gradients(grad_y, grad_z, z, weight, eps, rms)
+        dz = grad_residual = dz.to(z.dtype)
+        grad_x = dropout_op(dz, seed, threshold, stream, scale, -0.0, 0.0, dz.dim())
+    else:
+        grad_x, grad_residual, grad_weight, grad_bias = _backward_op(
+            grad_y, grad_z, z, weight, mean, rstd, seed, threshold, stream, scale, eps, rms
+        )
+    vectors = zip((grad_residual, grad_weight, grad_bias), ctx.present, strict=True)
+    return (grad_x, *(grad if present else None for grad, present in vectors)) + (None,) * 7
+
+
+_dropout_add_norm = Op(
+    "dropout_add_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor seed,"
+    " int threshold, int stream, float scale, float eps, bool rms, bool keep_z)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    {
+        "cpu": _forward_native,
+        "cuda": _forward_native,
+        "triton": _forward_triton,
+        "reference": dropout_add_norm_reference,
+    },
+    fake=lambda x, *arguments: (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape if arguments[-1] else 0),
+        x.new_empty(0 if arguments[-2] else x.shape[:-1].numel(), dtype=compute_dtype(x)),
+        x.new_empty(x.shape[:-1].numel(), dtype=compute_dtype(x)),
+    ),
+    setup_context=_setup_context,
+    backward=_backward,
+    differentiable=(0, 1, 2),
+)
+
+
+def dropout_add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None = None,
+    p: float = 0.5,
+    training: bool = True,
+    *,
+    norm: str = "layer",
+    prenorm: bool = False,
+    eps: float | None = None,
+    generator: Generator | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``norm(residual + dropout(x, p)) * weight + bias`` in one pass, forward and backward.
+
+    Replaces ``F.layer_norm(residual + F.dropout(x, p, training), (n,), weight, bias, eps)``, or the
+    same with ``F.rms_norm``. Differences: dropout as :func:`pyfast.nn.functional.dropout`; sums in
+    a fixed order, the same for any number of threads; for backward it saves the sum, two numbers a
+    row and the seed. LayerNorm of Ba et al. 2016, RMSNorm of Zhang and Sennrich 2019.
+
+    Args:
+        x: (..., n) floating point, any strides (copied when not contiguous).
+        residual: the shape of x, or None; dtypes that differ are promoted as torch promotes them.
+        weight: (n,) or None; any floating-point dtype.
+        bias: (n,) or None.
+        p: probability of an element of x to be zeroed. Default: 0.5
+        training: ``False`` adds without dropping. Default: ``True``
+        norm: ``"layer"`` or ``"rms"``.
+        prenorm: return ``(y, residual + dropout(x))``: the sum is the residual of the next block.
+        eps: added to the variance. Default: 1e-5 for ``"layer"``, ``finfo(dtype).eps`` for
+            ``"rms"``.
+        generator: where the seed is drawn from. Default: torch's default CPU generator
+        seed: the 64-bit seed itself, an int or a tensor of one int64.
+
+    Returns:
+        y (..., n), contiguous, the promoted dtype of x and residual; with ``prenorm`` the pair.
+
+    Raises:
+        ValueError: if ``p`` is outside of [0, 1], ``norm`` is unknown, or a shape, dtype or device
+            does not match.
+    """
+    tensors = (x, residual, weight, bias)
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            dropout_add_norm,
+            tensors,
+            *tensors,
+            p=p,
+            training=training,
+            norm=norm,
+            prenorm=prenorm,
+            eps=eps,
+            generator=generator,
+            seed=seed,
+        )
+    op = "dropout_add_norm"
+    check_probability(p)
+    if norm not in ("layer", "rms"):
+        raise ValueError(f'{op}: norm must be "layer" or "rms", got {norm!r}')
+    x, residual = check_matrix(op, x, residual)
+    weight = check_vector(op, "weight", weight, x)
+    bias = check_vector(op, "bias", bias, x)
+    rms = norm == "rms"
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps if rms else 1e-5
+    threshold = threshold_of(p) if training else 0
+    eager = is_eager(x)
+    if threshold == 0:
+        seed = 0
+    seed = resolve_seed(op, x, eager, generator, seed)
+    keep_z = prenorm or (
+        torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
+    )
+    call = _dropout_add_norm.eager if eager else _dropout_add_norm.dispatched
+    rule = (threshold, _STREAM, scale_of(threshold), eps, rms, keep_z)
+    y, z, _, _ = call(x, residual, weight, bias, seed, *rule)
+    return (y, z) if prenorm else y

@@ -1,0 +1,468 @@
+"""The CUDA kernels, run as host code, give the bits of the CPU kernels; broken ones do not."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import CPU_LEVELS
+from cuda_emulation import build as emulation
+from oracle import LAYOUTS, assert_bits_equal, normal
+from torch import Tensor
+
+import pyfast
+
+native = pyfast._backend.native
+pytestmark = [
+    pytest.mark.skipif(native is None, reason=pyfast._backend.native_error or "-"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation is built with g++"),
+]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ORDERS = ("0", "1", "2")  # in which the threads of a block take turns
+# Elements on both sides of every tensor, so that what a mutant does outside stays in the buffer: a
+# block too many is 256 threads of eight elements.
+GUARD = 4096
+GUARD_VALUE = 777.0
+SEED = -(0x123456789ABCDEF0)
+THRESHOLD = 13107
+SCALE = 65536 / (65536 - THRESHOLD)
+RULE = (SEED, THRESHOLD, 1, SCALE)
+IDENTITY = (0, 0, 1, 1.0)
+
+
+class Memory:
+    """Tensors between guard zones. Outputs are full of NaN at first."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.compute = torch.float64 if dtype == torch.float64 else torch.float32
+        self.inputs: list[tuple[Tensor, Tensor]] = []
+        self.outputs: list[tuple[Tensor, Tensor]] = []
+
+    def _guarded(self, like: Tensor, dtype: torch.dtype, offset: int) -> tuple[Tensor, Tensor]:
+        steps = zip(like.shape, like.stride(), strict=True)
+        extent = 1 + sum((size - 1) * stride for size, stride in steps)
+        buffer = torch.full((extent + 2 * GUARD,), GUARD_VALUE, dtype=dtype)
+        return torch.as_strided(buffer, like.shape, like.stride(), GUARD + offset), buffer
+
+    def _input(self, values: Tensor, dtype: torch.dtype, offset: int) -> Tensor:
+        inner, buffer = self._guarded(values, dtype, offset)
+        once = tuple(slice(1) if stride == 0 else slice(None) for stride in values.stride())
+        inner[once] = values[once].to(dtype)
+        self.inputs.append((buffer, buffer.clone()))
+        return inner
+
+    def matrix(self, values: Tensor, offset: int = 0) -> Tensor:
+        """A copy with the strides of ``values``; with an offset of 1 it is not aligned."""
+        return self._input(values, self.dtype, offset)
+
+    def vector(self, values: Tensor) -> Tensor:
+        return self._input(values, self.compute, 0)
+
+    def _output(self, like: Tensor, dtype: torch.dtype, offset: int) -> Tensor:
+        inner, buffer = self._guarded(torch.empty_like(like), dtype, offset)
+        inner.fill_(float("nan"))
+        self.outputs.append((inner, buffer))
+        return inner
+
+    def matrix_out(self, like: Tensor, offset: int = 0) -> Tensor:
+        return self._output(like, self.dtype, offset)
+
+    def vector_out(self, *shape: int) -> Tensor:
+        return self._output(torch.empty(shape), self.compute, 0)
+
+    def results(self) -> list[Tensor]:
+        """The outputs, once every element of them is written, and nothing else."""
+        for buffer, before in self.inputs:
+            assert_bits_equal(buffer, before, "an input changed:")
+        for inner, buffer in self.outputs:
+            assert not inner.isnan().any(), f"{int(inner.isnan().sum())} elements not written"
+            outside = buffer.clone()
+            place = (inner.shape, inner.stride(), inner.storage_offset())
+            torch.as_strided(outside, *place).fill_(GUARD_VALUE)
+            assert (outside == GUARD_VALUE).all(), "written outside of an output"
+        return [inner for inner, _ in self.outputs]
+
+
+class Dropout(NamedTuple):
+    make: Callable[[], Tensor]
+    mask_ndim: int
+    offset: int = 0
+    output: str = "like x"
+
+    def run(self, module: ModuleType, memory: Memory) -> None:
+        x = memory.matrix(self.make(), self.offset)
+        if self.output == "x":
+            memory.outputs.append((x, memory.inputs.pop()[0]))
+            y = x
+        else:
+            y = memory.matrix_out(x if self.output == "like x" else x.contiguous())
+        # Shift and fill as of an alpha dropout, so that both show in the result.
+        module.dropout(x, y, *RULE, 0.25, -1.5, self.mask_ndim, 2)
+
+
+class BiasDropoutAdd(NamedTuple):
+    num_rows: int
+    num_columns: int
+    has_bias: bool = True
+    offset: int = 0
+
+    def run(self, module: ModuleType, memory: Memory) -> None:
+        x, residual = normal(2, self.num_rows, self.num_columns)
+        module.bias_dropout_add(
+            memory.matrix(x, self.offset),
+            memory.vector(normal(self.num_columns)) if self.has_bias else None,
+            memory.matrix(residual),
+            memory.matrix_out(x),
+            *RULE,
+            self.num_columns,
+            2,
+        )
+        module.bias_dropout_add_backward(
+            memory.matrix(residual, self.offset),
+            memory.matrix_out(x),
+            memory.vector_out((self.num_rows + 31) // 32, self.num_columns),
+            memory.vector_out(self.num_columns),
+            *RULE,
+            self.num_columns,
+            2,
+        )
+
+
+class DropoutAddNorm(NamedTuple):
+    num_rows: int
+    num_columns: int
+    rms: bool = False
+    is_full: bool = True  # every optional operand; otherwise none, and no dropout
+    offset: int = 0
+
+    def run(self, module: ModuleType, memory: Memory) -> None:
+        rows, columns, rms = self.num_rows, self.num_columns, self.rms
+        x, residual, grad = normal(3, rows, columns)
+        weight, bias = (memory.vector(v) if self.is_full else None for v in normal(2, columns))
+        added = memory.matrix(residual) if self.is_full else None
+        rule = RULE if self.is_full else IDENTITY
+        module.dropout_add_norm(
+            memory.matrix(x, self.offset),
+            added,
+            weight,
+            bias,
+            memory.matrix_out(x),
+            memory.matrix_out(x) if self.is_full else None,
+            None if rms else memory.vector_out(rows),
+            memory.vector_out(rows),
+            *rule,
+            1e-5,
+            rms,
+            columns,
+            2,
+        )
+        # Not what the forward kernel left: each kernel is judged by itself.
+        z = memory.matrix(x + 0.5)
+        mean = x.mean(-1) + 0.5
+        module.dropout_add_norm_backward(
+            memory.matrix(grad, self.offset),
+            added,
+            z,
+            weight,
+            None if rms else memory.vector(mean),
+            memory.vector(1 / (x.var(-1, correction=0) + 1e-5).sqrt()),
+            memory.matrix_out(x),
+            memory.matrix_out(x) if self.is_full else None,
+            memory.vector_out(2, (rows + 31) // 32, columns),
+            memory.vector_out(columns),
+            memory.vector_out(columns),
+            *rule,
+            rms,
+            columns,
+            2,
+        )
+
+
+Case = Dropout | BiasDropoutAdd | DropoutAddNorm
+
+FEW: dict[str, list[Case]] = {
+    "dropout": [
+        Dropout(lambda: normal(2067), 1),  # a block of 256 threads, and a tail
+        Dropout(lambda: normal(2067), 1, offset=1),
+        Dropout(lambda: normal(9, 68)[:, :36], 2),
+        Dropout(lambda: normal(9, 17).t(), 2),
+        Dropout(lambda: normal(2067), 1, output="x"),
+    ],
+    "bias_dropout_add": [
+        BiasDropoutAdd(33, 36),
+        BiasDropoutAdd(65, 40),
+        BiasDropoutAdd(3, 40, offset=1),
+    ],
+    "dropout_add_norm": [
+        DropoutAddNorm(33, 36),
+        DropoutAddNorm(3, 300),
+        DropoutAddNorm(2, 40, offset=1),
+        DropoutAddNorm(2, 4504),
+    ],
+}
+
+
+def channels(*shape: int) -> Tensor:
+    return normal(*shape).to(memory_format=torch.channels_last)
+
+
+MORE: dict[str, list[Case]] = {
+    "dropout": [
+        *(Dropout(lambda n=n: normal(n), 1) for n in (1, 7, 8, 9, 2048, 4099)),
+        *(Dropout(make, max(make().dim(), 1)) for make in LAYOUTS.values()),
+        *(Dropout(make, make().dim(), output="contiguous") for make in LAYOUTS.values()),
+        Dropout(lambda: normal(4, 6, 5, 3), 2),
+        Dropout(lambda: channels(4, 6, 5, 3), 2),
+        Dropout(lambda: normal(3, 5, 17)[:, :, 1:], 1),
+        Dropout(lambda: normal(3, 5, 16), 2, offset=1),
+        Dropout(lambda: normal(9, 17).t(), 2, output="x"),
+    ],
+    "bias_dropout_add": [
+        *(BiasDropoutAdd(*shape) for shape in ((1, 1), (5, 7), (33, 64), (3, 1032))),
+        BiasDropoutAdd(34, 300, has_bias=False),
+    ],
+    "dropout_add_norm": [
+        *(
+            DropoutAddNorm(*shape, rms=rms)
+            for shape in ((1, 1), (5, 7), (33, 64), (2, 768), (2, 1000), (1, 2500))
+            for rms in (False, True)
+        ),
+        *(DropoutAddNorm(*shape, is_full=False) for shape in ((2, 40), (2, 2504), (33, 4500))),
+        DropoutAddNorm(2, 4500, rms=True, offset=1),
+    ],
+}
+
+
+def cpu_results(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """What the CPU kernels give, at every level that this processor has."""
+    info = native.build_info()
+    levels = CPU_LEVELS[: CPU_LEVELS.index(info["isa_detected"]) + 1]
+    selected = native.selected_isa()
+    results = []
+    try:
+        for level in levels:
+            if level in info["isa_compiled"]:
+                native.set_selected_isa(level)
+                memory = Memory(dtype)
+                case.run(native, memory)
+                results.append(memory.results())
+    finally:
+        native.set_selected_isa(selected)
+    for other in results[1:]:
+        for result, expected in zip(other, results[0], strict=True):
+            assert_bits_equal(result, expected, f"{case} {dtype} between levels:")
+    return results[0]
+
+
+def compare(
+    module: ModuleType, cases: list[Case], dtypes: tuple[torch.dtype, ...], orders: tuple[str, ...]
+) -> None:
+    """Asserts that the kernels of an emulated module give the bits of the CPU kernels."""
+    for case in cases:
+        for dtype in dtypes:
+            expected = cpu_results(case, dtype)
+            for order in orders:
+                os.environ["PYFAST_EMULATION_ORDER"] = order
+                memory = Memory(dtype)
+                case.run(module, memory)
+                for i, result in enumerate(memory.results()):
+                    assert_bits_equal(result, expected[i], f"{case} {dtype} output {i}:")
+
+
+@pytest.fixture(autouse=True)
+def _order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYFAST_EMULATION_ORDER", "0")
+
+
+@pytest.fixture(scope="module")
+def emulated() -> ModuleType:
+    return emulation.load(emulation.build(), "emulated")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("op", FEW)
+def test_cuda_kernels_give_the_bits_of_the_cpu(emulated: ModuleType, op: str, order: str) -> None:
+    assert emulated.build_info()["cuda_emulation"]
+    compare(emulated, FEW[op] + MORE[op], DTYPES, (order,))
+
+
+# op: {mutant: (text that stands once in its .cu file, what it becomes)}
+MUTANTS: dict[str, dict[str, tuple[str, str]]] = {
+    "dropout": {
+        "no tail of threads": ("if (group >= num_groups) return;", ""),
+        "a group too few": ("if (group >= num_groups)", "if (group >= num_groups - 1)"),
+        "no tail of elements": ("= count8(first, p.sizes[inner]);", "= 8;"),
+        "a block too few": ("(num_groups + kBlockThreads - 1)", "(num_groups - 1)"),
+        "pointers taken as aligned": ("!is_aligned16(p.x) || !is_aligned16(p.y)", "false"),
+        "rows taken as aligned": ("for (int d = 0; d < inner; ++d)", "for (int d = 0; d < 0; ++d)"),
+        "strides taken as one": ("p.x_strides[inner] != 1 || p.y_strides[inner] != 1", "false"),
+        "shifted mask": ("static_cast<uint64_t>(mask)", "static_cast<uint64_t>(mask + 1)"),
+        "mask of the whole block": ("int64_t mask = first *", "int64_t mask = 0 * first *"),
+    },
+    "bias_dropout_add": {
+        "no tail of threads": ("if (group >= num_groups) return;", ""),
+        "no tail of columns": ("if (column >= p.num_columns) return;", ""),
+        "a block too few": ("dim3(num_blocks(num_groups))", "dim3(num_blocks(num_groups) - 1)"),
+        "columns taken as a multiple of 8": (
+            "p.num_columns % 8 == 0 && is_aligned16(p.x) && is_aligned16(p.residual)",
+            "is_aligned16(p.x) && is_aligned16(p.residual)",
+        ),
+        "pointers taken as aligned": ("is_aligned16(p.x) && is_aligned16(p.residual)", "true"),
+        "gradients taken as aligned": ("is_aligned16(p.grad) && is_aligned16(p.grad_x)", "true"),
+        "shifted mask": (
+            "keep_bits8_from(seed_value(p.seed), static_cast<uint64_t>(offset)",
+            "keep_bits8_from(seed_value(p.seed), static_cast<uint64_t>(offset + 1)",
+        ),
+        "a chunk too few": ("if (first_row >= p.num_rows) return;", "if (chunk == 1) return;"),
+        "a row too few": ("row < row_end; ++row", "row < row_end - 1; ++row"),
+    },
+    "dropout_add_norm": {
+        "no first barrier": ("v[e];\n  __syncthreads();", "v[e];"),
+        "no second barrier": ("}\n  __syncthreads();\n  return result;", "}\n  return result;"),
+        "a wrong lane": (
+            "__shfl_xor_sync(kAllLanes, sum, 16)",
+            "__shfl_xor_sync(kAllLanes, sum, 2)",
+        ),
+        "another order of sums": (
+            "const C send = upper ? v[e] : v[e + half];",
+            "const C send = upper ? v[half - 1 - e] : v[e + half];",
+        ),
+        "tail in the variance": ("if (e < count) sum[e] += d * d;", "sum[e] += d * d;"),
+        "mean not subtracted": (
+            "const C d = cache[pass][e] - mean;",
+            "const C d = cache[pass][e];",
+        ),
+        "pointers taken as aligned": ("is_aligned16(p.x) && is_aligned16(p.residual)", "true"),
+        "a row too few": ("dim3(static_cast<unsigned>(p.num_rows))", "dim3(p.num_rows - 1)"),
+        "reversed mask": ("(bits >> e) & 1 ? out[e]", "(bits >> (7 - e)) & 1 ? out[e]"),
+        "sums that start anywhere": ("if (row == first_row) {", "if (false) {"),
+        "a lane that skips a shuffle": (
+            "sum += __shfl_xor_sync(kAllLanes, sum, 1);",
+            "if (threadIdx.x != 5) sum += __shfl_xor_sync(kAllLanes, sum, 1);",
+        ),
+    },
+}
+NAMES = [(op, name) for op, mutants in MUTANTS.items() for name in mutants]
+
+
+@pytest.fixture(scope="module")
+def mutants(emulated: ModuleType) -> dict[tuple[str, str], Path]:
+    """The builds of all mutants. The unchanged objects are there already."""
+
+    def built(key: tuple[str, str]) -> Path:
+        op, name = key
+        return emulation.build([(f"{op}_cuda.cu", *MUTANTS[op][name])])
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(NAMES, pool.map(built, NAMES), strict=True))
+
+
+def verdict(module: ModuleType, op: str) -> str:
+    """What the comparison says of a module, in a process of its own: a mutant may end it."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            compare(module, FEW[op], DTYPES[:2], ORDERS)
+            os.write(writer, b"accepted")
+        except (AssertionError, RuntimeError) as error:
+            os.write(writer, f"{type(error).__name__}: {error}".encode()[:2000])
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        text = stream.read()
+    _, status = os.waitpid(child, 0)
+    return text if status == 0 else f"ended by signal {os.WTERMSIG(status)}"
+
+
+@pytest.mark.parametrize("op", FEW)
+def test_comparison_accepts_the_original(emulated: ModuleType, op: str) -> None:
+    assert verdict(emulated, op) == "accepted"
+
+
+@pytest.mark.parametrize(("op", "name"), NAMES)
+def test_comparison_rejects(mutants: dict[tuple[str, str], Path], op: str, name: str) -> None:
+    module = emulation.load(mutants[op, name], f"mutant_{NAMES.index((op, name))}")
+    text = verdict(module, op)
+    expected = "differ|not written|outside|not aligned|waits at a barrier for ever"
+    if name.endswith("taken as aligned"):
+        expected = "RuntimeError.* not aligned"
+    assert re.search(expected, text), text
+
+
+def test_a_stale_mutant_is_an_error() -> None:
+    with pytest.raises(ValueError, match="0 places that read 'not there'"):
+        emulation.build([("dropout_cuda.cu", "not there", "")])
+
+
+EMULATOR_TEST = r"""
+#include "cuda_emulation.h"
+
+#include <cstdio>
+#include <cstdlib>
+
+alignas(16) static char bytes[64];
+static int out[64];
+
+void butterfly() {
+  int sum = static_cast<int>(threadIdx.x);
+  for (unsigned lane = 16; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lane);
+  out[threadIdx.x] = sum;
+}
+void skipped_shuffle() {
+  if (threadIdx.x != 5) out[0] = __shfl_xor_sync(0xFFFFFFFFu, 1, 1u);
+}
+void lane_outside() { out[0] = __shfl_xor_sync(0xFFFFu, 1, 16u); }
+void reversed(bool has_barrier) {
+  __shared__ int values[64];
+  values[threadIdx.x] = static_cast<int>(threadIdx.x);
+  if (has_barrier) __syncthreads();
+  out[threadIdx.x] = values[63 - threadIdx.x];
+}
+void aligned() { cuda_emulation::check_aligned(bytes + 16, 16); }
+void misaligned() { if (threadIdx.x == 3) cuda_emulation::check_aligned(bytes + 8, 16); }
+
+void report(const char* name, const char* error) {
+  int sum = 0;
+  for (int i = 0; i < 64; ++i) sum += out[i] * (i + 1);
+  std::printf("%s: %s %d
+", name, error ? error : "fine", sum);
+}
+
+int main() {
+  using cuda_emulation::run;
+  for (const char* order : {"0", "1", "2"}) {
+    setenv("PYFAST_EMULATION_ORDER", order, 1);
+    for (int& value : out) value = 0;
+    report("butterfly", run(dim3(1), 64, butterfly));
+    report("barrier", run(dim3(2), 64, [] { reversed(true); }));
+    report("skipped shuffle", run(dim3(1), 32, skipped_shuffle));
+    report("lane outside", run(dim3(1), 16, lane_outside));
+    report("aligned", run(dim3(1), 32, aligned));
+    report("misaligned", run(dim3(1), 32, misaligned));
+  }
+}
+"""
+
+
+def test_emulator_finds_what_it_is_for(tmp_path: Path) -> None:
+    """Deadlocks, lanes that do not exist and misaligned accesses, in every order of threads."""
+    source = tmp_path / "kernels.cpp"
+    source.write_text(EMULATOR_TEST)
+    program = tmp_path / "kernels"
+    sources = [str(source), str(emulation.HERE / "cuda_emulation.cpp")]
+    command = ["g++", "-std=c++17", "-O1", f"-I{emulation.HERE}", *sources, "-o", str(program)]
+    subprocess.run(command, check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=True, timeout=60)
+    print(done.stdout)
