@@ -358,9 +358,8 @@ def _time_block(call: Call, num_calls: int, device: torch.device) -> float:
 def parametrize(metafunc: pytest.Metafunc, cases: Sequence[Case]) -> None:
     """Every implementation of every case, for ``pytest_generate_tests`` of a benchmark file."""
     pairs = [(case, name) for case in cases for name in case.implementations]
-    metafunc.parametrize(
-        ("case", "implementation"), pairs, ids=[f"{case}, {name}" for case, name in pairs]
-    )
+    ids = [f"{case} {name}".replace(" ", "-") for case, name in pairs]
+    metafunc.parametrize(("case", "implementation"), pairs, ids=ids)
 
 
 def run_with_pytest(benchmark: BenchmarkFixture, case: Case, implementation: str) -> None:

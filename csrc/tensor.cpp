@@ -47,6 +47,9 @@ bool Tensor::assign(py::handle object) {
     view_ = managed_->tensor;
   }
   strides_ = view_.strides;
+  if (view_.data == nullptr && num_elements() != 0) {
+    throw std::runtime_error("a tensor without memory: " + describe());
+  }
   return true;
 }
 

@@ -45,7 +45,10 @@ def _check_name(name: str, source: str) -> str:
 def _from_environment() -> str | None:
     level = os.environ.get("PYFAST_CPU_ISA")
     if level and native is not None:
-        native.set_selected_isa(level)
+        try:
+            native.set_selected_isa(level)
+        except ValueError as error:
+            raise ValueError(f"PYFAST_CPU_ISA: {error}") from None
     name = os.environ.get("PYFAST_BACKEND")
     return _check_name(name, "PYFAST_BACKEND") if name else None
 
@@ -62,7 +65,9 @@ def use_backend(name: str) -> Iterator[None]:
     ``"reference"``.
 
     The environment variable ``PYFAST_BACKEND`` does the same for the whole process. The choice
-    holds for the current thread (or task); a backward pass that runs in the block follows it too.
+    holds for the current thread (or task), and for a backward pass that runs in the block on the
+    CPU; one on CUDA runs on a thread of autograd's own, which chooses automatically. Forward-mode
+    AD is computed by the reference on every backend.
 
     Raises:
         ValueError: for an unknown name. A call that the backend cannot serve raises RuntimeError

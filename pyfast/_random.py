@@ -43,9 +43,12 @@ def _draw_seed_vmap(info, in_dims, token, like):  # type: ignore[no-untyped-def]
             "'same' or 'different' randomness flags on vmap or perform the randomness operation "
             "out of vmap"
         )
-    if info.randomness == "same":
-        return torch.ops.pyfast.draw_seed(token, like), None
-    return torch.empty(info.batch_size, dtype=torch.int64, device=like.device).random_(), 0
+    # vmap would refuse the plain draw inside of the op.
+    random_mode = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)
+    with torch._C._ExcludeDispatchKeyGuard(random_mode):
+        if info.randomness == "same":
+            return torch.ops.pyfast.draw_seed(token, like), None
+        return torch.empty(info.batch_size, dtype=torch.int64, device=like.device).random_(), 0
 
 
 class _Buffer(threading.local):
@@ -92,14 +95,14 @@ def to_signed(seed: int) -> int:
     return (seed & 0xFFFFFFFFFFFFFFFF) - (1 << 64) * ((seed >> 63) & 1)
 
 
-def check_seed(op: str, seed: int | Tensor) -> None:
+def checked_seed(op: str, seed: int | Tensor) -> int | Tensor:
+    """A seed that a caller gave, as int64: a signed int, or a tensor without dimensions."""
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(
-                f"{op}: seed must be an int or a tensor of one int64, "
-                f"got {tuple(seed.shape)} {seed.dtype}"
-            )
-    elif not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(
-            f"{op}: seed must be an int or a tensor of one int64, got {type(seed).__name__}"
-        )
+        if seed.dtype == torch.int64 and seed.numel() == 1:
+            return seed.reshape(())
+        got = f"{tuple(seed.shape)} {seed.dtype}"
+    elif isinstance(seed, int) and not isinstance(seed, bool):
+        return to_signed(seed)
+    else:
+        got = type(seed).__name__
+    raise TypeError(f"{op}: seed must be an int or a tensor of one int64, got {got}")

@@ -23,7 +23,7 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, int block_threads, 
   (void)stream;
   return cuda_emulation::run(grid, block_threads, [&] { kernel(arguments...); });
 #else
-  kernel<<<grid, block_threads, 0, static_cast<cudaStream_t>(stream)> > >(arguments...);
+  kernel<<<grid, block_threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
   const cudaError_t status = cudaGetLastError();
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 #endif

@@ -167,7 +167,7 @@ def print_results(results: Results, console: Console) -> None:
     console.print(table)
     console.print("[bold]The patched model writes:[/]")
     console.print(Text(results.sample), style="dim")
-    console.print(f"\nreport: {Text(str(results.options.out / 'report.html'))}")
+    console.print("\n[bold]Report:[/]", Text(str(results.options.out / "report.html")))
 
 
 def _table(title: str | None, *columns: str) -> Table:

@@ -38,3 +38,8 @@ def column_partials(x: Tensor, num_sums: int) -> Tensor:
     num_rows = x.shape[:-1].numel()
     shape = (num_sums, (num_rows + 31) // 32, x.shape[-1])
     return torch.empty(shape, dtype=compute_dtype(x), device=x.device)
+
+
+def contiguous(*tensors: Tensor | None) -> list[Any]:
+    """The operands as the kernels take them: contiguous, with their values in memory."""
+    return [t if t is None else t.contiguous().resolve_neg() for t in tensors]

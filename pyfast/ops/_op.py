@@ -1,15 +1,15 @@
 """The pattern that every op follows.
 
 An op has one implementation per backend, all with the same arguments, and one pair
-``setup_context`` / ``backward``. It runs in one of three ways:
+``setup_context`` / ``backward``. It runs in one of four ways:
 
 * plain eager tensors: the implementation is called directly, inside an ``autograd.Function`` when a
-gradient is
-  needed. This is the path whose cost must not exceed torch's own.
-* forward-mode AD: the reference, which is plain torch and differentiates itself.
-* everything else (torch.compile, export, torch.func, fake tensors, dispatch modes): the dispatcher
-op ``pyfast::name``
-  registered with ``define / impl / register_fake / register_autograd / register_vmap``.
+  gradient is needed. This is the path whose cost must not exceed torch's own.
+* forward-mode AD: the reference, which is plain torch and differentiates itself, whichever backend
+  would serve the call.
+* torch.func: an ``autograd.Function`` of the style that transforms understand.
+* everything else (torch.compile, export, fake tensors, dispatch modes): the dispatcher op
+  ``pyfast::name``, registered with ``define / impl / register_fake / register_autograd``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import _backend
+from .. import _backend, _random
 from .._backend import KERNEL_DTYPES
 
 _library = torch.library.Library("pyfast", "FRAGMENT")
@@ -44,7 +44,32 @@ def is_eager(tensor: Tensor) -> bool:
         and not _functorch_active()
         and not _num_dispatch_modes()
         and _jit_tracing_state() is None
+        and not tensor.is_neg()
     )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """True when the memory of ``tensor`` holds its values; asked when a kernel has refused."""
+    with torch.inference_mode(tensor.is_inference()):
+        plain = torch.empty(0, device=tensor.device)
+    return bool(torch._C._dispatch_keys(tensor) == torch._C._dispatch_keys(plain))
+
+
+def loop_vmap(op: Callable[..., Any]) -> Callable[..., Any]:
+    """A vmap rule that calls ``op`` for each sample and stacks the results."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        columns = [
+            argument.unbind(dim) if dim is not None else (argument,) * info.batch_size
+            for argument, dim in zip(arguments, in_dims, strict=True)
+        ]
+        outputs = [op(*sample) for sample in zip(*columns, strict=True)]
+        if isinstance(outputs[0], Tensor):
+            return torch.stack(outputs), 0
+        stacked = tuple(torch.stack(column) for column in zip(*outputs, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return rule
 
 
 def registered() -> Mapping[str, Op]:
@@ -64,7 +89,6 @@ class Op:
             recompute.
         backward: gradients of every argument, None where there is none. It calls ops, never
             kernels.
-        vmap: as ``torch.library.register_vmap`` takes it.
         differentiable: positions, after the first tensor, of further arguments that may need a
             gradient.
     """
@@ -77,7 +101,6 @@ class Op:
         fake: Callable[..., Any],
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
-        vmap: Callable[..., Any] | None = None,
         differentiable: tuple[int, ...] = (),
     ) -> None:
         self.name = schema.split("(", 1)[0]
@@ -92,14 +115,16 @@ class Op:
         for key in ("CPU", "CUDA"):
             _library.impl(self.name, self.run, key)
         torch.library.register_fake(qualified, fake, lib=_library)
-        if vmap is not None:
-            torch.library.register_vmap(qualified, vmap, lib=_library)
+        torch.library.register_vmap(qualified, loop_vmap(self), lib=_library)
+        self.dispatched: Callable[..., Any] = getattr(torch.ops.pyfast, self.name).default
+        names = [argument.name for argument in self.dispatched._schema.arguments]  # type: ignore[attr-defined]
+        self._seed_position = names.index("seed")
         if backward is not None and setup_context is not None:
             torch.library.register_autograd(
                 qualified, backward, setup_context=setup_context, lib=_library
             )
-            self._function = self._make_function(setup_context, backward)
-        self.dispatched: Callable[..., Any] = getattr(torch.ops.pyfast, self.name).default
+            self._function = self._eager_function(setup_context, backward)
+            self._transformed = self._transformed_function(setup_context, backward)
 
     def backend_of(self, tensor: Tensor) -> str:
         """The backend that serves a call on ``tensor``; RuntimeError where a forced one cannot."""
@@ -113,33 +138,58 @@ class Op:
             and self._cpu is not None
             and tensor.dtype in KERNEL_DTYPES
         ):
-            return self._cpu(
-                tensor, *arguments
-            )  # what backend_of would find, at a third of its cost
-        return self.kernels[self.backend_of(tensor)](tensor, *arguments)
+            # What backend_of would find, at a third of its cost.
+            kernel = self._cpu
+        else:
+            kernel = self.kernels[self.backend_of(tensor)]
+        try:
+            return kernel(tensor, *arguments)
+        except RuntimeError:
+            if _is_plain(tensor):
+                raise
+        # A tensor without memory of its own that is_eager has not seen through (a ZeroTensor, the
+        # batched gradient of is_grads_batched): the dispatcher knows what to make of it.
+        return self.dispatched(tensor, *self._with_seed_tensor(tensor, arguments))
 
     def __call__(self, tensor: Tensor, *arguments: Any) -> Any:
-        return (
-            self.eager(tensor, *arguments)
-            if is_eager(tensor)
-            else self.dispatched(tensor, *arguments)
-        )
+        call = self.eager if is_eager(tensor) else self.traced
+        return call(tensor, *arguments)
 
     def eager(self, tensor: Tensor, *arguments: Any) -> Any:
         """The call of plain tensors: the caller has asked is_eager."""
         if forward_ad._current_level >= 0:
-            return self.kernels["reference"](tensor, *arguments)
+            return self._forward_mode(tensor, arguments)
         if _is_grad_enabled() and (
             tensor.requires_grad or (self._differentiable and self._any_requires_grad(arguments))
         ):
             return self._function(tensor, *arguments)
         return self.run(tensor, *arguments)
 
+    def traced(self, tensor: Tensor, *arguments: Any) -> Any:
+        """The call of every other tensor."""
+        arguments = self._with_seed_tensor(tensor, arguments)
+        if not _is_dynamo_compiling():
+            if forward_ad._current_level >= 0:
+                return self._forward_mode(tensor, arguments)
+            if _functorch_active():
+                return self._transformed(tensor, *arguments)
+        return self.dispatched(tensor, *arguments)
+
+    def _forward_mode(self, tensor: Tensor, arguments: tuple[Any, ...]) -> Any:
+        self.backend_of(tensor)  # raises where a forced backend could not have served the call
+        return self.kernels["reference"](tensor, *arguments)
+
+    def _with_seed_tensor(self, tensor: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        i = self._seed_position - 1
+        if isinstance(arguments[i], Tensor):
+            return arguments
+        return (*arguments[:i], _random.as_seed_tensor(arguments[i], tensor), *arguments[i + 1 :])
+
     def _any_requires_grad(self, arguments: tuple[Any, ...]) -> bool:
         candidates = (arguments[i] for i in self._differentiable)
         return any(a is not None and a.requires_grad for a in candidates)
 
-    def _make_function(
+    def _eager_function(
         self, setup_context: Callable[..., None], backward: Callable[..., Any]
     ) -> Callable[..., Any]:
         run = self.run
@@ -151,7 +201,19 @@ class Op:
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         function = type(self.name, (torch.autograd.Function,), members)
-        # Function.apply less its check for functorch, which is_eager has made already: 1.5 us a
-        # call.
-        apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+        # Function.apply less its check for functorch, which is_eager makes: 1.5 us a call.
+        base: Any = super(torch.autograd.Function, function)
+        return base.apply  # type: ignore[no-any-return]
+
+    def _transformed_function(
+        self, setup_context: Callable[..., None], backward: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        members = {
+            "forward": staticmethod(self.__call__),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(backward),
+            "vmap": staticmethod(loop_vmap(self)),
+        }
+        function = type(self.name, (torch.autograd.Function,), members)
+        apply: Callable[..., Any] = function.apply  # type: ignore[attr-defined]
         return apply

@@ -13,7 +13,14 @@ from ..kernels.bias_dropout_add.bias_dropout_add_reference import (
     bias_dropout_add_backward_reference,
     bias_dropout_add_reference,
 )
-from ._native import column_partials, compute_dtype, empty_like, get_num_threads, native
+from ._native import (
+    column_partials,
+    compute_dtype,
+    contiguous,
+    empty_like,
+    get_num_threads,
+    native,
+)
 from ._op import Op, is_eager
 from .dropout import check_probability, dropout_op, resolve_seed, scale_of, threshold_of
 
@@ -23,15 +30,14 @@ _STREAM = _random.DROPOUT_STREAM
 def _forward_native(
     x: Tensor, bias: Tensor | None, residual: Tensor, seed: int | Tensor, *rule: Any
 ) -> Tensor:
-    x, residual = x.contiguous(), residual.contiguous()
-    bias = bias if bias is None else bias.contiguous()
+    x, bias, residual = contiguous(x, bias, residual)
     y = empty_like(x)
     native.bias_dropout_add(x, bias, residual, y, seed, *rule, x.shape[-1], get_num_threads())
     return y
 
 
 def _backward_native(grad: Tensor, seed: int | Tensor, *rule: Any) -> tuple[Tensor, Tensor]:
-    grad = grad.contiguous()
+    (grad,) = contiguous(grad)
     num_columns = grad.shape[-1]
     grad_x = empty_like(grad)
     grad_bias = grad.new_zeros(num_columns, dtype=compute_dtype(grad))
@@ -215,5 +221,5 @@ def bias_dropout_add(
     if threshold == 0:
         seed = 0
     seed = resolve_seed("bias_dropout_add", x, eager, generator, seed)
-    call = _bias_dropout_add.eager if eager else _bias_dropout_add.dispatched
+    call = _bias_dropout_add.eager if eager else _bias_dropout_add.traced
     return call(x, bias, checked, seed, threshold, _STREAM, scale_of(threshold))  # type: ignore[no-any-return]

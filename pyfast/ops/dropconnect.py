@@ -118,5 +118,5 @@ def dropconnect_linear(
         bias = bias if bias is None else bias.to(dtype)
     eager = is_eager(input) and is_eager(weight)
     seed = resolve_seed("dropconnect_linear", weight, eager, generator, seed)
-    call = _dropconnect_linear.eager if eager else _dropconnect_linear.dispatched
+    call = _dropconnect_linear.eager if eager else _dropconnect_linear.traced
     return call(input, weight, bias, seed, threshold_of(p))  # type: ignore[no-any-return]

@@ -69,17 +69,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad, None, None, None, None, None, None, None
 
 
-def _vmap(
-    info: Any, in_dims: tuple[int | None, ...], x: Tensor, seed: Tensor, *arguments: Any
-) -> tuple[Tensor, int]:
-    x_dim, seed_dim = in_dims[0], in_dims[1]
-    xs = x.unbind(x_dim) if x_dim is not None else (x,) * info.batch_size
-    seeds = seed.unbind(seed_dim) if seed_dim is not None else (seed,) * info.batch_size
-    return torch.stack(
-        [dropout_op(x, seed, *arguments) for x, seed in zip(xs, seeds, strict=True)]
-    ), 0
-
-
 dropout_op = Op(
     "dropout(Tensor x, Tensor seed, int threshold, int stream, float scale, float shift,"
     " float fill, int mask_ndim) -> Tensor",
@@ -92,13 +81,12 @@ dropout_op = Op(
     fake=lambda x, *_: torch.empty_like(x),
     setup_context=_setup_context,
     backward=_backward,
-    vmap=_vmap,
 )
 
 
 def threshold_of(p: float) -> int:
     """An element is kept iff its 16 bits are at least this."""
-    return round(p * 65536)
+    return round(float(p) * 65536)
 
 
 def scale_of(threshold: int) -> float:
@@ -114,14 +102,11 @@ def resolve_seed(
         if eager:
             return _random.draw_eager(like, generator)
         return _random.draw_traced(like, generator)
-    _random.check_seed(op, seed)
-    if eager:
-        return _random.to_signed(seed) if isinstance(seed, int) else seed
-    return _random.as_seed_tensor(seed, like)
+    seed = _random.checked_seed(op, seed)
+    return seed if eager else _random.as_seed_tensor(seed, like)
 
 
-@functools.lru_cache(maxsize=256)
-def _affine(p: float, alpha: bool) -> tuple[int, int, float, float, float]:
+def _compute_affine(p: float, alpha: bool) -> tuple[int, int, float, float, float]:
     """(threshold, stream, scale, shift, fill); a shift of -0.0 changes nothing."""
     threshold, stream = threshold_of(p), _random.DROPOUT_STREAM
     if not alpha or threshold in (0, 65536):
@@ -130,6 +115,9 @@ def _affine(p: float, alpha: bool) -> tuple[int, int, float, float, float]:
     scale = 1 / math.sqrt((_SELU_SATURATION**2 * rate + 1) * (1 - rate))
     shift = _SELU_SATURATION * scale * rate
     return threshold, stream, scale, shift, shift - _SELU_SATURATION * scale
+
+
+_affine = functools.lru_cache(maxsize=256)(_compute_affine)
 
 
 def check_probability(p: float) -> None:
@@ -156,11 +144,12 @@ def _apply(
         seed = int(_random.buffer.tensor.random_().item())
     else:
         seed = resolve_seed(op, x, eager, generator, seed)
-    arguments = (seed, *_affine(p, alpha), x.dim() if mask_ndim is None else mask_ndim)
+    affine = (_affine if eager else _compute_affine)(float(p), alpha)
+    arguments = (seed, *affine, x.dim() if mask_ndim is None else mask_ndim)
     if inplace:
         return _dropout_inplace(x, eager, *arguments)
     if not eager:
-        return dropout_op.dispatched(x, *arguments)  # type: ignore[no-any-return]
+        return dropout_op.traced(x, *arguments)  # type: ignore[no-any-return]
     if (
         _is_grad_enabled()
         and x.requires_grad
@@ -213,7 +202,7 @@ def _run_inplace(x: Tensor, seed: int | Tensor, *arguments: Any) -> None:
 
 
 def _dropout_inplace(x: Tensor, eager: bool, *arguments: Any) -> Tensor:
-    if not eager or x._is_view() or x.is_inference():
+    if not eager or x._is_view() or x.is_inference() or forward_ad._current_level >= 0:
         # copy_ refuses what must not be written, before it writes.
         return x.copy_(dropout_op(x, *arguments))
     if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
@@ -341,7 +330,7 @@ def _feature(
     if input.dtype not in KERNEL_DTYPES:
         # torch refuses these dtypes; called for its error.
         return (F.feature_alpha_dropout if alpha else F.dropout)(input, p, training, inplace)
-    if input.dim() < 2 and p < 1:
+    if input.dim() + (mask_ndim == 1) < 2 and p < 1:  # torch adds the missing batch dimension
         raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
     return _apply(op, input, p, inplace, generator, seed, alpha=alpha, mask_ndim=mask_ndim)
 
@@ -501,7 +490,7 @@ def dropout_mask(
         ValueError: if ``p``, ``stream`` or ``shape`` is out of range.
     """
     check_probability(p)
-    _random.check_seed("dropout_mask", seed)
+    seed = _random.checked_seed("dropout_mask", seed)
     if stream not in (_random.ATTENTION_STREAM, _random.DROPOUT_STREAM, _random.DROPCONNECT_STREAM):
         raise ValueError(
             "dropout_mask: stream must be 0 (attention), 1 (dropout) or 2 (DropConnect), "
@@ -509,8 +498,6 @@ def dropout_mask(
         )
     where = torch.device(device if device is not None else "cpu")
     threshold = threshold_of(p)
-    if isinstance(seed, int):
-        seed = _random.to_signed(seed)
     if stream == _random.ATTENTION_STREAM:
         if len(shape) < 2:
             raise ValueError(

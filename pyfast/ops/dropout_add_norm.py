@@ -14,16 +14,19 @@ from ..kernels.dropout_add_norm.dropout_add_norm_reference import (
     dropout_add_norm_reference,
     norm_gradients,
 )
-from ._native import column_partials, compute_dtype, empty_like, get_num_threads, native
+from ._native import (
+    column_partials,
+    compute_dtype,
+    contiguous,
+    empty_like,
+    get_num_threads,
+    native,
+)
 from ._op import Op, is_eager
 from .bias_dropout_add import check_matrix, check_vector
 from .dropout import check_probability, dropout_op, resolve_seed, scale_of, threshold_of
 
 _STREAM = _random.DROPOUT_STREAM
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Any]:
-    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def _forward_native(
@@ -39,7 +42,7 @@ def _forward_native(
     rms: bool,
     keep_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, residual, weight, bias = _contiguous(x, residual, weight, bias)
+    x, residual, weight, bias = contiguous(x, residual, weight, bias)
     num_columns = x.shape[-1]
     num_rows = x.numel() // num_columns if num_columns else 0
     compute = compute_dtype(x)
@@ -82,7 +85,7 @@ def _backward_native(
     eps: float,
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_y, grad_z, z, weight = _contiguous(grad_y, grad_z, z, weight)
+    grad_y, grad_z, z, weight = contiguous(grad_y, grad_z, z, weight)
     num_columns = z.shape[-1]
     grad_x, grad_residual = empty_like(z), empty_like(z)
     vectors = z.new_zeros(2, num_columns, dtype=compute_dtype(z))
@@ -271,7 +274,7 @@ def dropout_add_norm(
         torch.is_grad_enabled()
         and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
     )
-    call = _dropout_add_norm.eager if eager else _dropout_add_norm.dispatched
+    call = _dropout_add_norm.eager if eager else _dropout_add_norm.traced
     rule = (threshold, _STREAM, scale_of(threshold), eps, rms, keep_z)
     y, z, _, _ = call(x, residual, weight, bias, seed, *rule)
     return (y, z) if prenorm else y
