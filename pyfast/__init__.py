@@ -10,7 +10,7 @@ from . import nn, optim
 from ._backend import BackendStatus, backends, use_backend
 from ._patch import PatchReport, patch
 from ._version import __version__
-from .ops.dropout import dropout_mask
+from .ops.dropout_mask import dropout_mask
 
 __all__ = [
     "BackendStatus",

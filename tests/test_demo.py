@@ -237,6 +237,12 @@ def test_agreement_is_two_sided(sign: int) -> None:
         assert len(compare(stock, patched, Options(steps=10)).problems) == count
 
 
+def test_bound_grows_with_runs_longer_than_measured() -> None:
+    run = fake_run("stock", FALLING, [3.0])
+    bounds = [compare(run, run, Options(steps=steps)).bound for steps in (10, 2000, 8000)]
+    assert bounds == pytest.approx([3 * math.sqrt(2) * TRAINING_NOISE * k for k in (1, 1, 2)])
+
+
 def test_loss_that_does_not_fall_is_a_problem() -> None:
     good = fake_run("stock", FALLING, [3.0])
     flat = fake_run("patched", FALLING[::-1], [3.0])

@@ -1,6 +1,6 @@
 // The floating-point types that cross the boundary, as tags and as storage. Conversions round to
 // nearest even and keep NaN and subnormal values: every level and every backend gives the same
-// bits (vcvtneps2bf16, which flushes subnormals, is therefore not used for storage).
+// bits.
 #pragma once
 
 #include <cmath>

@@ -4,6 +4,10 @@
 
 #include "vec.h"
 
+// A loop body is worth inlining twice: once for whole vectors, once for the tail.
+#define PYFAST_ALWAYS_INLINE inline __attribute__((always_inline))
+#define PYFAST_INLINE_LAMBDA __attribute__((always_inline))
+
 namespace pyfast::PYFAST_ISA {
 
 constexpr int64_t kStreamBytes = int64_t{32} << 20;  // larger than most last-level caches
@@ -14,29 +18,33 @@ inline int64_t useful_threads(int64_t num_elements, int64_t num_threads) {
   return num_threads < useful ? num_threads : useful;
 }
 
-// True when every row of `to` may be written with Vec::stream.
+// True when every row of `to`, one of `num_operands` matrices of its size, may be written with
+// Vec::stream, and all of them together do not fit into the cache.
 template <typename T>
-inline bool streams(const T* to, int64_t num_rows, int64_t num_columns) {
+inline bool streams(const T* to, int64_t num_rows, int64_t num_columns, int64_t num_operands) {
   const int64_t row_bytes = num_columns * static_cast<int64_t>(sizeof(T));
-  return num_rows * row_bytes >= kStreamBytes && (num_rows == 1 || row_bytes % 64 == 0) &&
-         reinterpret_cast<uintptr_t>(to) % 64 == 0;
+  return num_operands * num_rows * row_bytes >= kStreamBytes &&
+         (num_rows == 1 || row_bytes % 64 == 0) && reinterpret_cast<uintptr_t>(to) % 64 == 0;
 }
+
+// Asks for a cache line that will be read soon; any address will do.
+inline void prefetch(const void* address) { __builtin_prefetch(address); }
 
 // Calls f(j, lanes) for the vectors of a row of n elements.
 template <typename V, typename F>
-inline void for_each_vec(int64_t n, const F& f) {
+PYFAST_ALWAYS_INLINE void for_each_vec(int64_t n, const F& f) {
   int64_t j = 0;
   for (; j + V::kLanes <= n; j += V::kLanes) f(j, static_cast<int>(V::kLanes));
   if (j < n) f(j, static_cast<int>(n - j));
 }
 
 template <typename V, typename T>
-inline V load_lanes(const T* from, int lanes) {
+PYFAST_ALWAYS_INLINE V load_lanes(const T* from, int lanes) {
   return lanes == V::kLanes ? V::load(from) : V::load(from, lanes);
 }
 
 template <typename V, typename T>
-inline void store_lanes(const V& value, T* to, int lanes, bool stream) {
+PYFAST_ALWAYS_INLINE void store_lanes(const V& value, T* to, int lanes, bool stream) {
   if (lanes != V::kLanes) {
     value.store(to, lanes);
   } else if (stream) {
@@ -48,7 +56,7 @@ inline void store_lanes(const V& value, T* to, int lanes, bool stream) {
 
 // The value that is left after a store to T and a load.
 template <typename T, typename V>
-inline V rounded_to(const V& value) {
+PYFAST_ALWAYS_INLINE V rounded_to(const V& value) {
   if constexpr (sizeof(T) < 4) {
     T stored[V::kLanes];
     value.store(stored);

@@ -131,8 +131,8 @@ void run(const T* /*type*/, const DropoutParams& p, int num_threads) {
   const int64_t pieces_per_row = (inner_size + kPieceSize - 1) / kPieceSize;
   const int64_t num_rows = p.num_elements / inner_size;
   const bool contiguous = p.x_strides[inner] == 1 && p.y_strides[inner] == 1;
-  const bool stream =
-      p.ndim == 1 && contiguous && p.x != p.y && streams(static_cast<T*>(p.y), 1, p.num_elements);
+  const bool stream = p.ndim == 1 && contiguous && p.x != p.y &&
+                      streams(static_cast<T*>(p.y), 1, p.num_elements, 2);
 
   auto work = [&](int64_t begin, int64_t end, int64_t) {
     for (int64_t piece = begin; piece < end; ++piece) {

@@ -21,7 +21,7 @@ from rich.text import Text
 import pyfast
 from pyfast._patch import PatchReport, class_name
 
-from .comparison import TRAINING_NOISE, Comparison
+from .comparison import Comparison
 from .data import Corpus
 from .options import Options
 from .training import Run
@@ -137,7 +137,7 @@ def agreement_text(comparison: Comparison) -> str:
         f"the held-out losses {verdict}: difference {comparison.difference:+.4f}, "
         f"noise up to {comparison.bound:.4f} = 3 sqrt(s^2 + 2 t^2), with s = "
         f"{comparison.standard_error:.4f} the standard error over the held-out sequences and "
-        f"t = {TRAINING_NOISE} what other dropout masks alone change"
+        f"t = {comparison.training_noise:.4f} what other dropout masks alone change"
     )
 
 

@@ -8,15 +8,9 @@ from typing import Any
 import torch.nn.functional as _torch
 
 from ..ops.bias_dropout_add import bias_dropout_add
+from ..ops.channel_dropout import dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 from ..ops.dropconnect import dropconnect_linear
-from ..ops.dropout import (
-    alpha_dropout,
-    dropout,
-    dropout1d,
-    dropout2d,
-    dropout3d,
-    feature_alpha_dropout,
-)
+from ..ops.dropout import alpha_dropout, dropout
 from ..ops.dropout_add_norm import dropout_add_norm
 
 __all__ = [

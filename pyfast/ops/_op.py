@@ -117,7 +117,7 @@ class Op:
         torch.library.register_fake(qualified, fake, lib=_library)
         torch.library.register_vmap(qualified, loop_vmap(self), lib=_library)
         self.dispatched: Callable[..., Any] = getattr(torch.ops.pyfast, self.name).default
-        names = [argument.name for argument in self.dispatched._schema.arguments]  # type: ignore[attr-defined]
+        names = [argument.name for argument in self.dispatched._schema.arguments]
         self._seed_position = names.index("seed")
         if backward is not None and setup_context is not None:
             torch.library.register_autograd(

@@ -22,7 +22,8 @@ from ._native import (
     native,
 )
 from ._op import Op, is_eager
-from .dropout import check_probability, dropout_op, resolve_seed, scale_of, threshold_of
+from ._rule import check_probability, resolve_seed, scale_of, threshold_of
+from .dropout import dropout_op
 
 _STREAM = _random.DROPOUT_STREAM
 

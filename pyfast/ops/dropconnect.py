@@ -13,7 +13,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .. import _random
 from .._backend import NAMES
 from ._op import Op, is_eager
-from .dropout import check_probability, dropout_op, resolve_seed, scale_of, threshold_of
+from ._rule import check_probability, resolve_seed, scale_of, threshold_of
+from .dropout import dropout_op
 
 
 def _drop(x: Tensor, seed: int | Tensor, threshold: int) -> Tensor:

@@ -14,13 +14,10 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _random
 from .._backend import KERNEL_DTYPES
-from ..kernels.dropout.dropout_reference import (
-    attention_mask_reference,
-    dropout_reference,
-    keep_mask_reference,
-)
+from ..kernels.dropout.dropout_reference import dropout_reference
 from ._native import LARGE, get_num_threads, large_empty_like, native
 from ._op import Op, is_eager
+from ._rule import check_probability, resolve_seed, scale_of, threshold_of
 
 _native_dropout: Any = getattr(native, "dropout", None)
 _torch_empty_like = torch.empty_like
@@ -84,28 +81,6 @@ dropout_op = Op(
 )
 
 
-def threshold_of(p: float) -> int:
-    """An element is kept iff its 16 bits are at least this."""
-    return round(float(p) * 65536)
-
-
-def scale_of(threshold: int) -> float:
-    """One over the true keep rate, so that the expectation is exact; 0 where nothing is kept."""
-    return 65536 / (65536 - threshold) if threshold < 65536 else 0.0
-
-
-def resolve_seed(
-    op: str, like: Tensor, eager: bool, generator: Generator | None, seed: int | Tensor | None
-) -> int | Tensor:
-    """The seed of one call: the caller's, or one draw from torch's generator."""
-    if seed is None:
-        if eager:
-            return _random.draw_eager(like, generator)
-        return _random.draw_traced(like, generator)
-    seed = _random.checked_seed(op, seed)
-    return seed if eager else _random.as_seed_tensor(seed, like)
-
-
 def _compute_affine(p: float, alpha: bool) -> tuple[int, int, float, float, float]:
     """(threshold, stream, scale, shift, fill); a shift of -0.0 changes nothing."""
     threshold, stream = threshold_of(p), _random.DROPOUT_STREAM
@@ -120,14 +95,7 @@ def _compute_affine(p: float, alpha: bool) -> tuple[int, int, float, float, floa
 _affine = functools.lru_cache(maxsize=256)(_compute_affine)
 
 
-def check_probability(p: float) -> None:
-    if p < 0.0 or p > 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-    if p != p:
-        raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {p}")
-
-
-def _apply(
+def apply_dropout(
     op: str,
     x: Tensor,
     p: float,
@@ -275,7 +243,7 @@ def dropout(
         return input
     if input.dtype not in KERNEL_DTYPES:
         return F.dropout(input, p, training, inplace)
-    return _apply("dropout", input, p, inplace, generator, seed)
+    return apply_dropout("dropout", input, p, inplace, generator, seed)
 
 
 def alpha_dropout(
@@ -311,197 +279,4 @@ def alpha_dropout(
         return input
     if input.dtype not in KERNEL_DTYPES:
         return F.alpha_dropout(input, p, training, inplace)
-    return _apply("alpha_dropout", input, p, inplace, generator, seed, alpha=True)
-
-
-def _feature(
-    op: str,
-    input: Tensor,
-    p: float,
-    training: bool,
-    inplace: bool,
-    generator: Generator | None,
-    seed: int | Tensor | None,
-    mask_ndim: int,
-    alpha: bool = False,
-) -> Tensor:
-    if not training or p == 0 or input.numel() == 0:
-        return input
-    if input.dtype not in KERNEL_DTYPES:
-        # torch refuses these dtypes; called for its error.
-        return (F.feature_alpha_dropout if alpha else F.dropout)(input, p, training, inplace)
-    if input.dim() + (mask_ndim == 1) < 2 and p < 1:  # torch adds the missing batch dimension
-        raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
-    return _apply(op, input, p, inplace, generator, seed, alpha=alpha, mask_ndim=mask_ndim)
-
-
-def dropout1d(
-    input: Tensor,
-    p: float = 0.5,
-    training: bool = True,
-    inplace: bool = False,
-    *,
-    generator: Generator | None = None,
-    seed: int | Tensor | None = None,
-) -> Tensor:
-    """Zero whole channels of a (N, C, L) or (C, L) tensor with probability ``p``.
-
-    Replaces :func:`torch.nn.functional.dropout1d`. Arguments, result, errors and differences are
-    those of :func:`dropout`; channel c of sample n has the mask index ``n * C + c``.
-
-    Raises:
-        RuntimeError: if the input has neither 2 nor 3 dimensions.
-    """
-    if has_torch_function_unary(input):
-        return handle_torch_function(
-            dropout1d,
-            (input,),
-            input,
-            p=p,
-            training=training,
-            inplace=inplace,
-            generator=generator,
-            seed=seed,
-        )
-    check_probability(p)
-    if input.dim() != 3:
-        F.dropout1d(input, 0.0, False)  # torch's error for a wrong rank
-    return _feature("dropout1d", input, p, training, inplace, generator, seed, input.dim() - 1)
-
-
-def dropout2d(
-    input: Tensor,
-    p: float = 0.5,
-    training: bool = True,
-    inplace: bool = False,
-    *,
-    generator: Generator | None = None,
-    seed: int | Tensor | None = None,
-) -> Tensor:
-    """Zero whole channels of a (N, C, H, W) tensor with probability ``p``.
-
-    Replaces :func:`torch.nn.functional.dropout2d`, with its warnings: other ranks are deprecated,
-    and a 3-D input is read as (N, C, L). Arguments, result, errors and differences are those of
-    :func:`dropout`.
-    """
-    if has_torch_function_unary(input):
-        return handle_torch_function(
-            dropout2d,
-            (input,),
-            input,
-            p=p,
-            training=training,
-            inplace=inplace,
-            generator=generator,
-            seed=seed,
-        )
-    check_probability(p)
-    if input.dim() != 4:
-        F.dropout2d(input, 0.0, False)  # torch's warnings about the rank
-    return _feature("dropout2d", input, p, training, inplace, generator, seed, 2)
-
-
-def dropout3d(
-    input: Tensor,
-    p: float = 0.5,
-    training: bool = True,
-    inplace: bool = False,
-    *,
-    generator: Generator | None = None,
-    seed: int | Tensor | None = None,
-) -> Tensor:
-    """Zero whole channels of a (N, C, D, H, W) or (C, D, H, W) tensor with probability ``p``.
-
-    Replaces :func:`torch.nn.functional.dropout3d`, with its warning for other ranks. Arguments,
-    result, errors and differences are those of :func:`dropout`.
-    """
-    if has_torch_function_unary(input):
-        return handle_torch_function(
-            dropout3d,
-            (input,),
-            input,
-            p=p,
-            training=training,
-            inplace=inplace,
-            generator=generator,
-            seed=seed,
-        )
-    check_probability(p)
-    if input.dim() != 5:
-        F.dropout3d(input, 0.0, False)  # torch's warnings about the rank
-    # torch adds the batch dimension to everything but 5-D input.
-    mask_ndim = 2 if input.dim() == 5 else 1
-    return _feature("dropout3d", input, p, training, inplace, generator, seed, mask_ndim)
-
-
-def feature_alpha_dropout(
-    input: Tensor,
-    p: float = 0.5,
-    training: bool = False,
-    inplace: bool = False,
-    *,
-    generator: Generator | None = None,
-    seed: int | Tensor | None = None,
-) -> Tensor:
-    """Alpha dropout of whole channels: the first two dimensions index the mask.
-
-    Replaces :func:`torch.nn.functional.feature_alpha_dropout`. Arguments, result, errors and
-    differences are those of :func:`alpha_dropout`.
-    """
-    if has_torch_function_unary(input):
-        return handle_torch_function(
-            feature_alpha_dropout,
-            (input,),
-            input,
-            p=p,
-            training=training,
-            inplace=inplace,
-            generator=generator,
-            seed=seed,
-        )
-    check_probability(p)
-    return _feature(
-        "feature_alpha_dropout", input, p, training, inplace, generator, seed, 2, alpha=True
-    )
-
-
-def dropout_mask(
-    shape: torch.Size | tuple[int, ...],
-    p: float,
-    seed: int | Tensor,
-    *,
-    stream: int = _random.DROPOUT_STREAM,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """The mask that a seed stands for, as a bool tensor: True where an element is kept.
-
-    Every backend drops exactly these elements: ``dropout(x, p, seed=seed)`` keeps where
-    ``dropout_mask(x.shape, p, seed)`` is True; for ``dropout2d`` and its like ``shape`` is (N, C).
-
-    Args:
-        shape: of the tensor; for ``stream=0`` (attention) (..., num_heads, L, S), whose leading
-            dimensions flatten to the index batch * num_heads + head.
-        p: the probability to drop, in [0, 1].
-        seed: the 64-bit seed, an int or a tensor of one int64.
-        stream: which use of the seed: 0 attention, 1 dropout (default), 2 DropConnect.
-        device: where the mask is made. Default: the CPU.
-
-    Raises:
-        ValueError: if ``p``, ``stream`` or ``shape`` is out of range.
-    """
-    check_probability(p)
-    seed = _random.checked_seed("dropout_mask", seed)
-    if stream not in (_random.ATTENTION_STREAM, _random.DROPOUT_STREAM, _random.DROPCONNECT_STREAM):
-        raise ValueError(
-            "dropout_mask: stream must be 0 (attention), 1 (dropout) or 2 (DropConnect), "
-            f"got {stream}"
-        )
-    where = torch.device(device if device is not None else "cpu")
-    threshold = threshold_of(p)
-    if stream == _random.ATTENTION_STREAM:
-        if len(shape) < 2:
-            raise ValueError(
-                f"dropout_mask: an attention mask needs a shape (..., L, S), got {tuple(shape)}"
-            )
-        return attention_mask_reference(shape, seed, threshold, where)
-    return keep_mask_reference(torch.Size(shape), seed, threshold, stream, where)
+    return apply_dropout("alpha_dropout", input, p, inplace, generator, seed, alpha=True)

@@ -23,8 +23,9 @@ from ._native import (
     native,
 )
 from ._op import Op, is_eager
+from ._rule import check_probability, resolve_seed, scale_of, threshold_of
 from .bias_dropout_add import check_matrix, check_vector
-from .dropout import check_probability, dropout_op, resolve_seed, scale_of, threshold_of
+from .dropout import dropout_op
 
 _STREAM = _random.DROPOUT_STREAM
 
