@@ -6,7 +6,8 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,10 @@ def fused(*inputs: Tensor | None, **options: Any) -> Any:
     return F.dropout_add_norm(*inputs, P, seed=SEED, **options)
 
 
+def mask_of(x: Tensor) -> Tensor:
+    return keep_mask(tuple(x.shape), P, SEED)
+
+
 def normalised(z: Tensor, norm: str, eps: float | None) -> Tensor:
     if eps is None:
         eps = torch.finfo(z.dtype).eps if norm == "rms" else 1e-5
@@ -70,8 +75,7 @@ def plain(
     normalise: Function = normalised,
 ) -> Any:
     """The unfused expression, with the mask as a tensor; exact in float64."""
-    mask = keep_mask(tuple(x.shape), P, SEED) if mask is None else mask
-    z = torch.where(mask, x * scale, 0.0)
+    z = torch.where(mask_of(x) if mask is None else mask, x * scale, 0.0)
     z = z if residual is None else residual + z
     y = normalise(z, norm, eps)
     y = y if weight is None else y * weight
@@ -108,39 +112,35 @@ def check(
         grads = [grad_y if "y" in wanted else None, grad_z if "z" in wanted else None]
         # Of one column, gradients are differences of grad_y * weight / sqrt(eps), and nearly zero.
         terms = 10 * fixed["eps"] ** -0.5 if shape[-1] == 1 else 0.0
-        compare(
-            lambda *t, options=options: function(*t, **options),
-            lambda *t, fixed=fixed: plain(*t, **fixed),
-            tuple(grads[: 1 + ("prenorm" in options)]),
-            given_operands(shape, given, dtype),
-            f"{shape} {dtype} {name}",
-            ulps,
-            device,
-            terms,
-        )
+        grads = tuple(grads[: 1 + ("prenorm" in options)])
+        inputs, text = given_operands(shape, given, dtype), f"{shape} {dtype} {name}"
+        pair = (partial(function, **options), partial(plain, **fixed))
+        compare(*pair, grads, inputs, text, ulps, device, terms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_torch(backend: Backend, dtype: torch.dtype) -> None:
     if dtype not in backend.dtypes:
         pytest.skip(f"{backend.name} does not compute in {dtype}")
-    if backend.is_slow:
-        check(fused, dtype, SLOW_SHAPES, ulps_of(backend, dtype), backend.device, every=5)
-    else:
-        check(fused, dtype, device=backend.device)
+    shapes, every = (SLOW_SHAPES, 5) if backend.is_slow else (SHAPES, 1)
+    check(fused, dtype, shapes, ulps_of(backend, dtype), backend.device, every)
 
 
 def centred(z: Tensor) -> Tensor:
     return z - z.mean(-1, keepdim=True)
 
 
+def variance(z: Tensor) -> Tensor:
+    return z.var(-1, correction=0, keepdim=True)
+
+
 def norm_mutant(change: Callable[[Tensor, float], Tensor]) -> Function:
     """Another formula of LayerNorm, of z and eps."""
 
     def normalise(z: Tensor, norm: str, eps: float | None) -> Tensor:
-        return (
-            change(z, 1e-5 if eps is None else eps) if norm == "layer" else normalised(z, norm, eps)
-        )
+        if norm == "rms":
+            return normalised(z, norm, eps)
+        return change(z, 1e-5 if eps is None else eps)
 
     return lambda *t, **options: plain(*t, **options, normalise=normalise)
 
@@ -166,44 +166,29 @@ def without_last_chunk(x: Tensor, *t: Any, **options: Any) -> Any:
     return plain(x, t[0], rows, t[2], **options)
 
 
-def shifted(x: Tensor, *t: Any, **options: Any) -> Any:
-    return plain(x, *t, **options, mask=keep_mask(tuple(x.shape), P, SEED).roll(1))
-
-
 MUTANTS: dict[str, Function] = {
     "no-op": lambda x, *t, norm, prenorm=False, eps=None: (x + 0, x + 0) if prenorm else x + 0,
     "no residual": lambda x, r, *t, **o: plain(x, None, *t, **o),
     "no weight": lambda x, r, w, b, **o: plain(x, r, None, b, **o),
     "no bias": lambda x, r, w, b, **o: plain(x, r, w, None, **o),
     "unscaled": lambda *t, **o: plain(*t, **o, scale=1.0),
-    "shifted mask": shifted,
+    "shifted mask": lambda x, *t, **o: plain(x, *t, **o, mask=mask_of(x).roll(1)),
     "no dropout": lambda x, *t, **o: plain(x, *t, **o, scale=1.0, mask=torch.ones_like(x).bool()),
     "mean not subtracted": norm_mutant(lambda z, eps: normalised(z, "rms", eps)),
-    "mean not in the variance": norm_mutant(
-        lambda z, eps: centred(z) * (z.square().mean(-1, keepdim=True) + eps).rsqrt()
-    ),
-    "unbiased variance": norm_mutant(
-        lambda z, eps: centred(z) * (z.var(-1, keepdim=True) + eps).rsqrt()
-    ),
-    "eps outside of the root": norm_mutant(
-        lambda z, eps: centred(z) / (z.var(-1, correction=0, keepdim=True).sqrt() + eps)
-    ),
-    "no eps": norm_mutant(
-        lambda z, eps: centred(z) * z.var(-1, correction=0, keepdim=True).rsqrt()
-    ),
-    "constant statistics": norm_mutant(
-        lambda z, eps: (
-            (z - z.mean(-1, keepdim=True).detach())
-            * (z.detach().var(-1, correction=0, keepdim=True) + eps).rsqrt()
-        )
+    "unbiased": norm_mutant(lambda z, eps: centred(z) * (z.var(-1, keepdim=True) + eps).rsqrt()),
+    "eps outside of the root": norm_mutant(lambda z, eps: centred(z) / (variance(z).sqrt() + eps)),
+    "no eps": norm_mutant(lambda z, eps: centred(z) * variance(z).rsqrt()),
+    "constant rstd": norm_mutant(lambda z, eps: centred(z) * (variance(z.detach()) + eps).rsqrt()),
+    "constant mean": norm_mutant(
+        lambda z, eps: (centred(z.detach()) + z - z.detach()) * (variance(z) + eps).rsqrt()
     ),
     "tail of zeros": with_tail(torch.zeros_like),
     "tail never written": with_tail(lambda tail: tail * float("nan")),
     "weight gradient of all but the last chunk": without_last_chunk,
-    "no gradient through z": lambda *t, prenorm=False, **o: (
-        (plain(*t, **o), plain(*t, **o, prenorm=True)[1].detach() + t[0] - t[0].detach())
+    "no gradient through z": lambda x, *t, prenorm=False, **o: (
+        (plain(x, *t, **o), plain(x.detach(), *t, **o, prenorm=True)[1] + x - x.detach())
         if prenorm
-        else plain(*t, **o)
+        else plain(x, *t, **o)
     ),
 }
 
@@ -217,7 +202,7 @@ def test_oracle_accepts_plain_torch() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_oracle_rejects(mutant: str, dtype: torch.dtype) -> None:
     with pytest.raises(AssertionError, match="allowed"):
-        check(MUTANTS[mutant], dtype)
+        check(MUTANTS[mutant], dtype, SHAPES[1:])  # of one column, some of them are NaN
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
@@ -235,11 +220,10 @@ def test_extreme_values(backend: Backend) -> None:
     x = x.where(x.abs() < 1e9, float("nan"))
     residual = normal(40, 37).to(backend.device)
     y, z = fused(x, residual, None, None, prenorm=True)
-    mask = keep_mask((40, 37), P, SEED)
-    expected = residual.cpu() + torch.where(mask, x.cpu() * torch.tensor(drop_scale(P)), 0.0)
+    kept = torch.where(mask_of(x), x.cpu() * torch.tensor(drop_scale(P)), 0.0)
+    expected = residual.cpu() + kept
     assert_bits_equal(z, expected)
     assert (y.cpu().isnan().any(-1) == expected.isnan().any(-1)).all()
-    assert y.cpu().isnan().any() and not y.cpu().isnan().all()
     y, z = F.dropout_add_norm(x, residual, None, None, 1.0, prenorm=True)
     assert_bits_equal(z, residual)
     assert torch.allclose(y, torch_functional.layer_norm(residual, (37,)), rtol=1e-5, atol=1e-6)
@@ -293,34 +277,68 @@ def test_saves_the_sum_and_two_numbers_a_row(backend: Backend) -> None:
     assert any(t.data_ptr() == z.data_ptr() for t in saved)
 
 
-class Module(NamedTuple):
-    """A configuration, the keys of its state_dict, and its text."""
+def unfused(name: str, x: Tensor, r: Tensor, v: Tensor) -> Tensor:
+    if name == "bias_dropout_add":
+        return r + torch.where(keep_mask((4, 6), P, SEED), (x + v) * drop_scale(P), 0.0)
+    y, z = plain(x, r, *((v, None) if name == "layer" else (None, v)), name, True)
+    return y * z if name == "layer" else y
 
-    make: Callable[[], torch.nn.Module]
-    keys: list[str]
-    text: str
+
+func, OVER_X = torch.func, (0, None, None)
+
+
+def slope(f: Function) -> Function:
+    return func.grad(lambda *t: f(*t).sin().sum(), (0, 1, 2))
+
+
+TRANSFORMS: dict[str, Function] = {
+    "vmap": lambda f, x, r, v: func.vmap(f, OVER_X)(x, r, v),
+    "vmap over the vector": lambda f, x, r, v: func.vmap(f, (None, None, 0))(x[0], r, r),
+    "grad": lambda f, x, r, v: slope(f)(x[0], r, v),
+    "vmap of grad": lambda f, x, r, v: func.vmap(slope(f), OVER_X)(x, r, v),
+    "vjp": lambda f, x, r, v: func.vjp(f, x[0], r, v)[1](r),
+    "jvp": lambda f, x, r, v: func.jvp(f, (x[0], r, v), (r, x[1], v)),
+    "hessian": lambda f, x, r, v: func.hessian(lambda v: f(x[0], r, v).sin().sum())(v),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_function_transforms(transform: str, name: str) -> None:
+    inputs = (normal(5, 4, 6).double(), normal(4, 6).double(), normal(6).double())
+    actual = TRANSFORMS[transform](partial(FUSED[name], seed=SEED), *inputs)
+    torch.testing.assert_close(actual, TRANSFORMS[transform](partial(unfused, name), *inputs))
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_vmap_draws_seeds_as_it_is_told(name: str) -> None:
+    x, r, v = torch.ones(2, 4, 6), normal(4, 6), normal(6)
+    with pytest.raises(RuntimeError, match="randomness"):
+        func.vmap(lambda x: FUSED[name](x, r, v))(x)
+    for randomness in ("same", "different"):
+        y = func.vmap(lambda x: FUSED[name](x, r, v), randomness=randomness)(x)
+        assert torch.equal(y[0], y[1]) == (randomness == "same")
 
 
 NN = pyfast.nn
-MODULES = [
-    Module(lambda: NN.BiasDropoutAdd(8, 0.25), ["bias"], "BiasDropoutAdd(8, p=0.25, bias=True)"),
-    Module(lambda: NN.BiasDropoutAdd(8, bias=False), [], "BiasDropoutAdd(8, p=0.5, bias=False)"),
-    Module(lambda: NN.DropoutAddNorm(8), ["weight", "bias"], "DropoutAddNorm(8, p=0.5, norm=layer"),
-    Module(
-        lambda: NN.DropoutAddNorm(8, norm="rms"), ["weight"], "DropoutAddNorm(8, p=0.5, norm=rms"
-    ),
-    Module(lambda: NN.DropoutAddNorm(8, bias=False), ["weight"], "DropoutAddNorm(8"),
-    Module(lambda: NN.DropoutAddNorm(8, elementwise_affine=False), [], "DropoutAddNorm(8"),
-]
+MODULES: dict[str, tuple[Callable[[], torch.nn.Module], list[str]]] = {  # text: (make, keys)
+    "BiasDropoutAdd(8, p=0.25, bias=True)": (lambda: NN.BiasDropoutAdd(8, 0.25), ["bias"]),
+    "BiasDropoutAdd(8, p=0.5, bias=False)": (lambda: NN.BiasDropoutAdd(8, bias=False), []),
+    "DropoutAddNorm(8, p=0.1": (lambda: NN.DropoutAddNorm(8, 0.1), ["weight", "bias"]),
+    "DropoutAddNorm(8, p=0.5, norm=rms": (lambda: NN.DropoutAddNorm(8, norm="rms"), ["weight"]),
+    "DropoutAddNorm(8, p=0.5": (lambda: NN.DropoutAddNorm(8, bias=False), ["weight"]),
+    "DropoutAddNorm(8": (lambda: NN.DropoutAddNorm(8, elementwise_affine=False), []),
+}
 
 
-@pytest.mark.parametrize("case", MODULES, ids=lambda case: f"{case.text} {len(case.keys)}")
-def test_modules(case: Module) -> None:
-    module = case.make()
-    assert list(module.state_dict()) == case.keys and repr(module).startswith(case.text)
+@pytest.mark.parametrize("text", MODULES)
+def test_modules(text: str) -> None:
+    make, keys = MODULES[text]
+    module = make()
+    assert list(module.state_dict()) == keys and repr(module).startswith(text)
     assert all(t.requires_grad and t.shape == (8,) for t in module.parameters())
-    x, residual = normal(2, 5, 8)
-    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), case.make()]
+    x, residual = normal(2, 5, 8).requires_grad_()
+    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), make()]
     results = []
     for m in (module, *copies):
         torch.manual_seed(1)
@@ -372,15 +390,16 @@ def test_rejects(error: str, name: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_rejects_what_one_op_has() -> None:
-    with pytest.raises(BAD, match="residual must be .*None"):
-        F.bias_dropout_add(X, None, None)
-    for call in (
-        lambda: F.dropout_add_norm(X, X, None, norm="batch"),
-        lambda: NN.DropoutAddNorm(8, norm="batch"),
-    ):
-        with pytest.raises(ValueError, match='norm must be "layer" or "rms", got \'batch\''):
-            call()
-    for make in (NN.BiasDropoutAdd, NN.DropoutAddNorm):
-        with pytest.raises(ValueError, match="between 0 and 1, but got 2"):
-            make(8, 2.0)
+ERRORS_OF_ONE: dict[str, Callable[[], object]] = {
+    "residual must be .*None": lambda: F.bias_dropout_add(X, None, None),
+    'norm must be "layer" or "rms", got': lambda: F.dropout_add_norm(X, X, None, norm="batch"),
+    'norm must be "layer" or "rms",': lambda: NN.DropoutAddNorm(8, norm="batch"),
+    "between 0 and 1, but got 2": lambda: NN.BiasDropoutAdd(8, 2.0),
+    "between 0 and 1, but got -1": lambda: NN.DropoutAddNorm(8, -1.0),
+}
+
+
+@pytest.mark.parametrize("text", ERRORS_OF_ONE)
+def test_rejects_of_one(text: str) -> None:
+    with pytest.raises(BAD, match=text):
+        ERRORS_OF_ONE[text]()

@@ -32,5 +32,5 @@ def bias_dropout_add_backward_reference(
     value = dropout_reference(
         grad.to(compute), seed, threshold, stream, scale, -0.0, 0.0, grad.dim()
     )
-    grad_bias = value.reshape(-1, grad.shape[-1]).sum(0)
+    grad_bias = value.reshape(grad.shape[:-1].numel(), grad.shape[-1]).sum(0)
     return value.to(grad.dtype).contiguous(), grad_bias

@@ -39,17 +39,21 @@ struct alignas(16) Pack {
 template <typename T>
 __device__ __forceinline__ Pack<T> load_pack(const T* from) {
 #ifdef PYFAST_CUDA_EMULATION
-  cuda_emulation::check_aligned(from, 16);
-#endif
+  Pack<T> pack;
+  cuda_emulation::copy_aligned(&pack, from, from, 16);
+  return pack;
+#else
   return *reinterpret_cast<const Pack<T>*>(from);
+#endif
 }
 
 template <typename T>
 __device__ __forceinline__ void store_pack(const Pack<T>& pack, T* to) {
 #ifdef PYFAST_CUDA_EMULATION
-  cuda_emulation::check_aligned(to, 16);
-#endif
+  cuda_emulation::copy_aligned(to, &pack, to, 16);
+#else
   *reinterpret_cast<Pack<T>*>(to) = pack;
+#endif
 }
 
 // Eight elements from `from` on, of which the first `count` exist; the others are zero.

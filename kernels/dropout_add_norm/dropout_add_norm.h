@@ -64,14 +64,14 @@ struct DropoutAddNormBackwardParams {
 };
 
 // The virtual warps of a row, a power of two from 1 to 8.
-inline int row_warps(int64_t num_columns) {
+static inline int row_warps(int64_t num_columns) {
   int warps = 1;
   while (warps < 8 && int64_t{256} * warps < num_columns) warps *= 2;
   return warps;
 }
 
 // Of one CPU thread: a row in the compute type and the keep bits of a row, in whole cache lines.
-inline int64_t workspace_bytes(int64_t num_columns) {
+static inline int64_t workspace_bytes(int64_t num_columns) {
   const int64_t words = (num_columns / 64 + 16) * 8;
   return (num_columns * 8 + words + 127) / 64 * 64;
 }

@@ -70,8 +70,8 @@ def norm_gradients(
     dz = dz * rstd
     if grad_z is not None:
         dz = dz + grad_z.to(compute)
-    columns = (-1, z.shape[-1])
-    return dz, (grad_y * x_hat).reshape(columns).sum(0), grad_y.reshape(columns).sum(0)
+    matrix = (z.shape[:-1].numel(), z.shape[-1])
+    return dz, (grad_y * x_hat).reshape(matrix).sum(0), grad_y.reshape(matrix).sum(0)
 
 
 def dropout_add_norm_backward_reference(

@@ -162,8 +162,9 @@ def dropout_add_norm_triton(
     num_rows = x.shape[:-1].numel()
     y = torch.empty_like(x)
     z = torch.empty_like(x) if keep_z else x.new_empty(0)
-    mean = x.new_empty(0 if rms else num_rows, dtype=torch.float32)
-    rstd = x.new_empty(num_rows, dtype=torch.float32)
+    make = x.new_empty if num_columns else x.new_zeros  # nothing is written for empty rows
+    mean = make(0 if rms else num_rows, dtype=torch.float32)
+    rstd = make(num_rows, dtype=torch.float32)
     if x.numel() == 0:
         return y, z, mean, rstd
     argument, is_pointer = seed_argument(seed)
@@ -246,5 +247,4 @@ def dropout_add_norm_backward_triton(
             COLUMNS=columns,
             num_warps=_num_warps(columns),
         )
-    grad_weight, grad_bias = partial.sum(1).unbind()
-    return grad_x, grad_residual, grad_weight, grad_bias
+    return grad_x, grad_residual, partial[0].sum(0), partial[1].sum(0)

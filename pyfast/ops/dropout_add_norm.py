@@ -45,12 +45,13 @@ def _forward_native(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, residual, weight, bias = contiguous(x, residual, weight, bias)
     num_columns = x.shape[-1]
-    num_rows = x.numel() // num_columns if num_columns else 0
+    num_rows = x.shape[:-1].numel()
     compute = compute_dtype(x)
     y = empty_like(x)
     z = empty_like(x) if keep_z else x.new_empty(0)
-    mean = x.new_empty(0 if rms else num_rows, dtype=compute)
-    rstd = x.new_empty(num_rows, dtype=compute)
+    make = x.new_empty if num_columns else x.new_zeros  # nothing is written for empty rows
+    mean = make(0 if rms else num_rows, dtype=compute)
+    rstd = make(num_rows, dtype=compute)
     native.dropout_add_norm(
         x,
         residual,
@@ -89,8 +90,7 @@ def _backward_native(
     grad_y, grad_z, z, weight = contiguous(grad_y, grad_z, z, weight)
     num_columns = z.shape[-1]
     grad_x, grad_residual = empty_like(z), empty_like(z)
-    vectors = z.new_zeros(2, num_columns, dtype=compute_dtype(z))
-    grad_weight, grad_bias = vectors.unbind()
+    grad_weight, grad_bias = (z.new_zeros(num_columns, dtype=compute_dtype(z)) for _ in "wb")
     native.dropout_add_norm_backward(
         grad_y,
         grad_z,

@@ -160,9 +160,10 @@ uint64_t exchange(unsigned mask, uint64_t value, unsigned source_lane) {
   return received;
 }
 
-void check_aligned(const void* pointer, unsigned alignment) {
-  if (reinterpret_cast<uintptr_t>(pointer) % alignment == 0) return;
-  fail(where(running()) + " accesses " + std::to_string(alignment) +
+void copy_aligned(void* to, const void* from, const void* device, unsigned size) {
+  memcpy(to, from, size);
+  if (reinterpret_cast<uintptr_t>(device) % size == 0) return;
+  fail(where(running()) + " accesses " + std::to_string(size) +
        " bytes at an address that is not aligned to them");
 }
 

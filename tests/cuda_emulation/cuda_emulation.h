@@ -41,7 +41,8 @@ const char* run(dim3 grid, int block_threads, const std::function<void()>& body)
 
 void synchronize();
 uint64_t exchange(unsigned mask, uint64_t value, unsigned source_lane);
-void check_aligned(const void* pointer, unsigned alignment);
+// Copies `size` bytes; an error unless `device`, one of the two, is aligned to them.
+void copy_aligned(void* to, const void* from, const void* device, unsigned size);
 
 }  // namespace cuda_emulation
 
