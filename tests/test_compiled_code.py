@@ -305,8 +305,8 @@ ELEMENTWISE = [case for case in CASES if case[0] in ("dropout", "bias_dropout_ad
 
 @pytest.mark.parametrize("case", ELEMENTWISE, ids=case_id)
 def test_triton_bits_stay_in_registers(triton_code: dict[Case, Compiled], case: Case) -> None:
-    """The thread that draws eight words applies them: nothing goes through shared memory. Of float32
-    a thread loads four elements at once (16 bytes), so there each element's fate is passed on."""
+    """The thread that draws eight words applies them: nothing goes through shared memory. A thread
+    loads four float32 at once (16 bytes), so there each element's fate is passed on."""
     allowed = 2048 if "fp32" in case_id(case) else 0  # a byte an element of the block
     assert triton_code[case].shared_bytes <= allowed
 
@@ -384,7 +384,7 @@ def opcheck_cases() -> list[tuple[str, str, tuple[Any, ...]]]:
     return cases
 
 
-@pytest.mark.parametrize("case", opcheck_cases(), ids=lambda case: f"{case[0]} {case[1]}")
+@pytest.mark.parametrize("case", opcheck_cases(), ids=lambda case: " ".join(case[:2]))
 def test_opcheck(case: tuple[str, str, tuple[Any, ...]]) -> None:
     op, _, arguments = case
     torch.library.opcheck(getattr(torch.ops.pyfast, op).default, arguments)

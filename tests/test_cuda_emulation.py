@@ -18,6 +18,7 @@ import torch
 from conftest import CPU_LEVELS
 from cuda_emulation import build as emulation
 from oracle import LAYOUTS, assert_bits_equal, normal
+from test_bias_dropout_add import assert_all_equal
 from torch import Tensor
 
 import pyfast
@@ -92,9 +93,9 @@ class Dropout(NamedTuple):
 
     def run(self, module: ModuleType, memory: Memory) -> None:
         x = memory.matrix(self.make(), self.offset)
+        y = x
         if self.output == "x":
             memory.outputs.append((x, memory.inputs.pop()[0]))
-            y = x
         else:
             y = memory.matrix_out(x if self.output == "like x" else x.contiguous())
         # Shift and fill as of an alpha dropout, so that both show in the result.
@@ -205,15 +206,15 @@ def cpu_results(case: Case, dtype: torch.dtype) -> list[Tensor]:
     selected = native.selected_isa()
     results = []
     for level in CPU_LEVELS[: CPU_LEVELS.index(info["isa_detected"]) + 1]:
-        if level in info["isa_compiled"]:
-            native.set_selected_isa(level)
-            memory = Memory(dtype)
-            case.run(native, memory)
-            results.append(memory.results())
+        if level not in info["isa_compiled"]:
+            continue
+        native.set_selected_isa(level)
+        memory = Memory(dtype)
+        case.run(native, memory)
+        results.append(memory.results())
     native.set_selected_isa(selected)
     for other in results[1:]:
-        for result, expected in zip(other, results[0], strict=True):
-            assert_bits_equal(result, expected, f"{case} {dtype} between levels:")
+        assert_all_equal(other, results[0], f"{case} {dtype} between levels")
     return results[0]
 
 
@@ -229,8 +230,7 @@ def compare(
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setenv("PYFAST_EMULATION_ORDER", order)
                     case.run(module, memory)
-                for i, result in enumerate(memory.results()):
-                    assert_bits_equal(result, expected[i], f"{case} {dtype} output {i}:")
+                assert_all_equal(memory.results(), expected, f"{case} {dtype}")
 
 
 @pytest.fixture(scope="module")
@@ -335,10 +335,9 @@ def test_comparison_rejects(mutants: dict[tuple[str, str], Path], op: str, name:
 EMULATOR_TEST = r"""
 #include <cstdio>
 #include <cstdlib>
-
 #include "cuda_emulation.h"
 
-alignas(16) static char bytes[64];
+alignas(16) static char bytes[64], copy[16];
 static int out[64];
 
 void report(const char* name, int block_threads, const std::function<void()>& kernel) {
@@ -369,8 +368,9 @@ int main(int, char** arguments) {
     if (threadIdx.x != 5) __shfl_xor_sync(~0u, 1, 1u);
   });
   report("lane outside", 16, [] { __shfl_xor_sync(0xFFFFu, 1, 16u); });
-  report("aligned", 32, [] { cuda_emulation::check_aligned(bytes + 16, 16); });
-  report("misaligned", 32, [] { cuda_emulation::check_aligned(bytes + threadIdx.x / 31, 16); });
+  using cuda_emulation::copy_aligned;
+  report("aligned", 32, [] { copy_aligned(copy, bytes, bytes + 16, 16); });
+  report("misaligned", 32, [] { copy_aligned(copy, bytes, bytes + threadIdx.x / 31, 16); });
 }
 """
 
@@ -378,10 +378,10 @@ int main(int, char** arguments) {
 @pytest.fixture(scope="module")
 def emulator_test(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("emulator") / "test"
-    source = program.with_suffix(".cpp")
-    source.write_text(EMULATOR_TEST)
-    flags = ["-std=c++17", f"-I{emulation.HERE}", source, emulation.HERE / "cuda_emulation.cpp"]
-    subprocess.run(["g++", *flags, "-o", program], check=True)
+    program.with_suffix(".cpp").write_text(EMULATOR_TEST)
+    sources = [f"{program}.cpp", emulation.HERE / "cuda_emulation.cpp"]
+    flags = ["-std=c++17", f"-I{emulation.HERE}", "-o", program]
+    subprocess.run(["g++", *flags, *sources], check=True)
     return program
 
 
@@ -390,8 +390,7 @@ def test_emulator_reports(emulator_test: Path, order: str) -> None:
     """Deadlocks, lanes that do not exist, misaligned accesses; a missing barrier changes values."""
     text = subprocess.check_output([emulator_test, order], text=True, timeout=60)
     reports = dict(line.split(": ", 1) for line in text.splitlines())
-    sums = [sum(range(first, first + 32)) for first in (0, 32)]
-    total = sum(sums[i // 32] * (i + 1) for i in range(64))
+    total = sum((496 if i < 32 else 1520) * (i + 1) for i in range(64))  # of 0 to 31, of 32 to 63
     assert reports["butterfly"] == f"fine {total}"
     right = f"fine {sum((100 + 63 - i) * (i + 1) for i in range(64))}"
     assert reports["barrier"] == right and reports["no barrier"] != right
