@@ -1,5 +1,5 @@
-"""Forward: a program takes BLOCK consecutive elements of the matrix. Backward: a program takes 32 rows
-of BLOCK columns and adds them up; torch adds the chunks. Bound by bytes."""
+"""Forward: a program takes BLOCK consecutive elements of the matrix. Backward: a program takes 32
+rows of COLUMNS columns and adds them up; torch adds the chunks. Bound by bytes."""
 
 from __future__ import annotations
 

@@ -10,7 +10,9 @@ namespace pyfast {
 
 constexpr int64_t kChunkRows = 32;
 
-static inline int64_t num_chunks(int64_t num_rows) { return (num_rows + kChunkRows - 1) / kChunkRows; }
+static inline int64_t num_chunks(int64_t num_rows) {
+  return (num_rows + kChunkRows - 1) / kChunkRows;
+}
 
 }  // namespace pyfast
 

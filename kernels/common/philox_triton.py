@@ -57,7 +57,7 @@ def row_bits(seed, first, stream, SIZE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def score_bits(seed, m, n0, z, stream, M: tl.constexpr, N: tl.constexpr):
-    """Attention: the 16-bit words of rows ``m`` [M] and columns n0 .. n0 + N - 1, multiples of 32."""
+    """Attention: the 16-bit words of rows ``m`` [M], columns n0 .. n0 + N - 1; 32 divides both."""
     g = n0 // 8 + tl.arange(0, N // 8)
     g = tl.broadcast_to(g[None, :], (M, N // 8)).to(tl.uint32)
     row = tl.broadcast_to(m[:, None], (M, N // 8)).to(tl.uint32)

@@ -1,5 +1,5 @@
-"""y = keep ? x * scale + shift : fill. A program takes BLOCK consecutive elements, one Philox call for
-each eight of them; where channels share a mask bit, one call an element. Bound by bytes."""
+"""y = keep ? x * scale + shift : fill. A program takes BLOCK consecutive elements, one Philox call
+for each eight of them; where channels share a mask bit, one call an element. Bound by bytes."""
 
 from __future__ import annotations
 

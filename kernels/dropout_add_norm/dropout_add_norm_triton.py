@@ -42,9 +42,7 @@ def forward_kernel(
     column = tl.arange(0, COLUMNS)
     inside = column < num_columns
     offset = row * num_columns + column
-    bits = row_bits(
-        load_seed(seed, SEED_IS_POINTER), row * num_columns, stream, COLUMNS, ALIGNED
-    )
+    bits = row_bits(load_seed(seed, SEED_IS_POINTER), row * num_columns, stream, COLUMNS, ALIGNED)
     x = tl.load(x_pointer + offset, mask=inside, other=0.0).to(tl.float32)
     z = tl.where(bits.to(tl.int32) >= threshold, x * scale, 0.0)
     if HAS_RESIDUAL:

@@ -71,7 +71,9 @@ def _compile(source: Path, text: str, headers: str, include: Path) -> Path:
     command = ["g++", "-x", "c++", *flags, f"-iquote{include}", "-c", str(copy), "-o", str(partial)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{source.name} does not compile for the emulation:\n{done.stderr[:2000]}")
+        raise RuntimeError(
+            f"{source.name} does not compile for the emulation:\n{done.stderr[:2000]}"
+        )
     partial.replace(target)
     return target
 
