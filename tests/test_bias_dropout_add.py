@@ -1,5 +1,4 @@
-"""``residual + dropout(x + bias)``: values and gradients; and what the fused ops have in common
-(layouts, dtypes, threads, seeds), for all of them."""
+"""``residual + dropout(x + bias)``: values and gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from conftest import Backend
 from oracle import (
-    LAYOUTS,
     assert_bits_equal,
     drop_scale,
     extreme_values,
@@ -20,7 +18,6 @@ from oracle import (
     poison_recycled_blocks,
 )
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import pyfast
 
@@ -28,11 +25,6 @@ F = pyfast.nn.functional
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SLOW_SHAPES = ((1, 1), (3, 7), (2, 5, 33), (33, 64), (40, 256), (35, 300), (4, 768), (5, 1000))
 SHAPES = (*SLOW_SHAPES, (3, 2500), (2, 4500), (300, 5))  # slow: where elements are interpreted
-LAYOUTS_OF_ROWS: dict[str, Callable[[], Tensor]] = {
-    "misaligned": lambda: normal(8 * 129 + 1)[1:].view(8, 129),
-    "misaligned rows of 8": lambda: normal(8 * 16 + 1)[1:].view(8, 16),
-    **{name: make for name, make in LAYOUTS.items() if make().dim() == 2 and "long" not in name},
-}
 P, SEED = 0.3, 0xFEDCBA9876543210
 Function = Callable[..., Any]
 
@@ -272,127 +264,3 @@ def test_saves_only_the_seed(backend: Backend, seed: int | Tensor) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         F.bias_dropout_add(x, x[0], x, P, seed=seed)
     assert [t.numel() for t in saved] == ([] if isinstance(seed, int) else [1])
-
-
-def layer(x: Tensor, residual: Tensor, weight: Tensor | None, p: float = P, **o: Any) -> Tensor:
-    y, z = F.dropout_add_norm(x, residual, weight, None, p, prenorm=True, **o)
-    return y * z
-
-
-# The fused ops with one signature: x, residual, a vector over the columns, p, options.
-FUSED: dict[str, Function] = {
-    "bias_dropout_add": lambda x, r, v, p=P, **o: F.bias_dropout_add(x, v, r, p, **o),
-    "layer": layer,
-    "rms": lambda x, r, v, p=P, **o: F.dropout_add_norm(x, r, None, v, p, norm="rms", **o),
-}
-each_fused = pytest.mark.parametrize("name", FUSED)
-
-
-def operands(backend: Backend, *shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    tensors = (*normal(2, *shape), normal(shape[-1]))
-    return [t.to(dtype).to(backend.device) for t in tensors]
-
-
-def run(name: str, inputs: list[Tensor], **options: Any) -> list[Tensor]:
-    """The result, and the gradients of x, residual and the vector, for a fixed seed."""
-    options = {"seed": SEED, **options}
-    grad = (inputs[0] + inputs[1]).cos()
-    return with_gradients(lambda *t: FUSED[name](*t, **options), grad, *inputs)
-
-
-@each_fused
-@pytest.mark.parametrize("layout", LAYOUTS_OF_ROWS)
-def test_noncontiguous(backend: Backend, layout: str, name: str) -> None:
-    """Strided and misaligned operands, expanded gradients, one tensor as two operands."""
-    x = LAYOUTS_OF_ROWS[layout]().to(backend.device).requires_grad_()
-    vector = normal(2 * x.shape[-1])[::2].to(backend.device).requires_grad_()
-    before = x.detach().clone()
-    y = FUSED[name](x, x, vector, seed=SEED)
-    y.sum().backward()
-    copies = [t.detach().contiguous().clone().requires_grad_() for t in (x, vector)]
-    expected = FUSED[name](copies[0], copies[0], copies[1], seed=SEED)
-    expected.backward(torch.ones_like(expected))
-    actual = [y, x.grad, vector.grad]
-    expected = [expected, *(t.grad for t in copies)]
-    assert y.is_contiguous() and torch.equal(x, before)
-    if backend.name == "reference":  # torch's sums depend on strides
-        for a, e in zip(actual, expected, strict=True):
-            torch.testing.assert_close(a, e)
-    else:
-        assert_all_equal(actual, expected)
-
-
-@each_fused
-@pytest.mark.parametrize("dtypes", ["bfloat16 float32", "float32 float16", "bfloat16 float16"])
-def test_mixed_dtypes(backend: Backend, dtypes: str, name: str) -> None:
-    """x and residual are promoted as torch promotes them; gradients have their dtypes."""
-    wanted = [getattr(torch, dtype) for dtype in (dtypes + " float16").split()]
-    inputs = [t.to(d) for t, d in zip(operands(backend, 9, 37), wanted, strict=True)]
-    results = run(name, inputs)
-    expected = run(name, [t.float() for t in inputs])
-    assert [t.dtype for t in results] == [(inputs[0] + inputs[1]).dtype, *wanted]
-    assert_all_equal(results, [e.to(r.dtype) for e, r in zip(expected, results, strict=True)])
-
-
-@each_fused
-@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,), (2, 0, 3)], ids=str)
-def test_empty(backend: Backend, shape: tuple[int, ...], name: str) -> None:
-    *results, grad_vector = run(name, operands(backend, *shape))
-    assert {tuple(t.shape) for t in results} == {shape}
-    assert tuple(grad_vector.shape) == shape[-1:] and not grad_vector.any()
-
-
-@each_fused
-@pytest.mark.backends("cpu")
-def test_deterministic(backend: Backend, name: str) -> None:
-    """Any number of threads: the sums are cut into chunks that do not depend on it."""
-    torch.set_num_threads(1)
-    expected = run(name, operands(backend, 300, 257))
-    for num_threads in (2, 2, 3):
-        torch.set_num_threads(num_threads)
-        assert_all_equal(run(name, operands(backend, 300, 257)), expected, f"{num_threads}")
-
-
-@each_fused
-@pytest.mark.backends("reference", "cpu", "cuda")
-def test_gradcheck(backend: Backend, name: str) -> None:
-    inputs = operands(backend, 2, 3, dtype=torch.float64)
-    for t in inputs:
-        t.requires_grad_()
-    for check_gradients in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-        assert check_gradients(lambda *t: FUSED[name](*t, seed=SEED), inputs)
-
-
-@each_fused
-def test_seeds(backend: Backend, name: str) -> None:
-    """One draw a call, that of F.dropout, and its mask."""
-    inputs = operands(backend, 5, 24)
-    calls = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        calls.append([run(name, inputs, seed=None) for _ in range(2)])
-    for twice in zip(*calls, strict=True):
-        assert_all_equal(*twice)
-    first, second = (results[1].cpu() != 0 for results in calls[0])  # grad_x is 0 where dropped
-    torch.manual_seed(3)
-    assert torch.equal(first, F.dropout(torch.ones_like(inputs[0]), P).cpu() != 0)
-    assert not torch.equal(first, second)
-    generator = torch.Generator().manual_seed(3)
-    assert_all_equal(run(name, inputs, seed=None, generator=generator), calls[0][0])
-    for seed in (SEED - 2**64, torch.tensor(SEED - 2**64)):
-        assert_all_equal(run(name, inputs, seed=seed), run(name, inputs))
-
-
-@each_fused
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpoint(backend: Backend, use_reentrant: bool, name: str) -> None:
-    def block(x: Tensor) -> Tensor:
-        return FUSED[name](x.tanh(), x, x[0])
-
-    gradients = []
-    for call in (block, lambda x: checkpoint(block, x, use_reentrant=use_reentrant)):
-        x = normal(8, 37).to(backend.device).requires_grad_()
-        torch.manual_seed(1)
-        call(x).exp().sum().backward()
-        gradients.append(x.grad)
-    assert torch.equal(*gradients)

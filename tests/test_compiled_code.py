@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from oracle import normal, run_python
-from test_bias_dropout_add import FUSED, SEED, P, assert_all_equal, run, with_gradients
+from test_bias_dropout_add import SEED, P, assert_all_equal, with_gradients
+from test_fused import FUSED, run
 
 import pyfast
 

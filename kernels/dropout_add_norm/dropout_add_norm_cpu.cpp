@@ -28,47 +28,47 @@ PYFAST_ALWAYS_INLINE RowSums<C, kSums> row_sums_of(int64_t n, const F& value) {
   for (int r = 0; r < kRegisters; ++r) {
     const int64_t first = r * V::kLanes;
     V warp[kSums][kWarps];
-#pragma GCC unroll 8
+    PYFAST_UNROLL
     for (int w = 0; w < kWarps; ++w) {
-#pragma GCC unroll 2
+      PYFAST_UNROLL
       for (int s = 0; s < kSums; ++s) out[s] = V::broadcast(0);
       if (w < num_full) value(256 * w + first, V::kLanes, out);
-#pragma GCC unroll 2
+      PYFAST_UNROLL
       for (int s = 0; s < kSums; ++s) warp[s][w] = out[s];
     }
     for (int64_t chunk = kWarps; chunk < num_full; chunk += kWarps) {
-#pragma GCC unroll 8
+      PYFAST_UNROLL
       for (int w = 0; w < kWarps; ++w) {
         if (chunk + w >= num_full) break;
         value(256 * (chunk + w) + first, V::kLanes, out);
-#pragma GCC unroll 2
+        PYFAST_UNROLL
         for (int s = 0; s < kSums; ++s) warp[s][w] = warp[s][w] + out[s];
       }
     }
     if (first < tail) {
       const int lanes = tail - first < V::kLanes ? static_cast<int>(tail - first) : V::kLanes;
       value(256 * num_full + first, lanes, out);
-#pragma GCC unroll 8
+      PYFAST_UNROLL
       for (int w = 0; w < kWarps; ++w) {
         if (w != num_full % kWarps) continue;
-#pragma GCC unroll 2
+        PYFAST_UNROLL
         for (int s = 0; s < kSums; ++s) warp[s][w] = warp[s][w] + out[s];
       }
     }
-#pragma GCC unroll 2
+    PYFAST_UNROLL
     for (int s = 0; s < kSums; ++s) {
-#pragma GCC unroll 4
+      PYFAST_UNROLL
       for (int half = kWarps / 2; half > 0; half /= 2) {
-#pragma GCC unroll 4
+        PYFAST_UNROLL
         for (int w = 0; w < half; ++w) warp[s][w] = warp[s][w] + warp[s][w + half];
       }
       sums[s][r] = warp[s][0];
     }
   }
   RowSums<C, kSums> total;
-#pragma GCC unroll 2
+  PYFAST_UNROLL
   for (int s = 0; s < kSums; ++s) {
-#pragma GCC unroll 8
+    PYFAST_UNROLL
     for (int half = kRegisters / 2; half > 0; half /= 2) {
       for (int r = 0; r < half; ++r) sums[s][r] = sums[s][r] + sums[s][r + half];
     }

@@ -58,8 +58,8 @@ class DropoutAddNorm(nn.Module):
         p: probability of an element of x to be zeroed. Default: 0.5
         norm: ``"layer"`` or ``"rms"``.
         prenorm: return ``(y, residual + dropout(x))``.
-        eps: added to the variance. Default: 1e-5 for ``"layer"``, ``finfo(dtype).eps`` for
-            ``"rms"``.
+        eps: added to the variance. Default: 1e-5 for ``"layer"``, for ``"rms"`` the
+            epsilon of float64 for float64 and of float32 for every other dtype.
         elementwise_affine: learn a weight (initialised to one). Default: ``True``
         bias: learn a bias (initialised to zero); not for ``"rms"``. Default: ``True``
         generator: where seeds are drawn from. Default: torch's default CPU generator

@@ -113,7 +113,7 @@ class Op:
         # unchanged.
         _library.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
         for key in ("CPU", "CUDA"):
-            _library.impl(self.name, self.run, key)
+            _library.impl(self.name, self._run_dispatched, key)
         torch.library.register_fake(qualified, fake, lib=_library)
         torch.library.register_vmap(qualified, loop_vmap(self), lib=_library)
         self.dispatched: Callable[..., Any] = getattr(torch.ops.pyfast, self.name).default
@@ -130,26 +130,31 @@ class Op:
         """The backend that serves a call on ``tensor``; RuntimeError where a forced one cannot."""
         return _backend.choose(self.name, self.kernels, tensor)
 
-    def run(self, tensor: Tensor, *arguments: Any) -> Any:
-        """Call the kernel of the chosen backend. No autograd."""
+    def _kernel_for(self, tensor: Tensor) -> Callable[..., Any]:
         if (
             tensor.is_cpu
             and _forced() is None
             and self._cpu is not None
             and tensor.dtype in KERNEL_DTYPES
         ):
-            # What backend_of would find, at a third of its cost.
-            kernel = self._cpu
-        else:
-            kernel = self.kernels[self.backend_of(tensor)]
+            return self._cpu  # what backend_of would find, at a third of its cost
+        return self.kernels[self.backend_of(tensor)]
+
+    def run(self, tensor: Tensor, *arguments: Any) -> Any:
+        """Call the kernel of the chosen backend. No autograd."""
+        kernel = self._kernel_for(tensor)
         try:
             return kernel(tensor, *arguments)
         except RuntimeError:
-            if _is_plain(tensor):
+            if all(_is_plain(t) for t in (tensor, *arguments) if isinstance(t, Tensor)):
                 raise
         # A tensor without memory of its own that is_eager has not seen through (a ZeroTensor, the
-        # batched gradient of is_grads_batched): the dispatcher knows what to make of it.
+        # batched gradient of is_grads_batched, what torch.func.vjp has saved): the dispatcher
+        # knows what to make of it.
         return self.dispatched(tensor, *self._with_seed_tensor(tensor, arguments))
+
+    def _run_dispatched(self, tensor: Tensor, *arguments: Any) -> Any:
+        return self._kernel_for(tensor)(tensor, *arguments)
 
     def __call__(self, tensor: Tensor, *arguments: Any) -> Any:
         call = self.eager if is_eager(tensor) else self.traced

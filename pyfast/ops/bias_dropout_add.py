@@ -149,10 +149,10 @@ def check_matrix(op: str, x: Tensor, residual: Tensor | None) -> tuple[Tensor, T
         )
     if residual is None:
         return x, None
-    if residual.shape != x.shape or residual.device != x.device:
+    if residual.shape != x.shape or residual.device != x.device or residual.is_complex():
         raise ValueError(
-            f"{op}: residual must be {tuple(x.shape)} on {x.device} as x, "
-            f"got {tuple(residual.shape)} on {residual.device}"
+            f"{op}: residual must be {tuple(x.shape)} on {x.device} as x and real, "
+            f"got {tuple(residual.shape)} {residual.dtype} on {residual.device}"
         )
     dtype = torch.promote_types(x.dtype, residual.dtype)
     return x.to(dtype), residual.to(dtype)
@@ -162,10 +162,10 @@ def check_vector(op: str, name: str, vector: Tensor | None, x: Tensor) -> Tensor
     """A vector over the columns of x, in the type that x is computed in."""
     if vector is None:
         return None
-    if vector.shape != x.shape[-1:] or vector.device != x.device:
+    if vector.shape != x.shape[-1:] or vector.device != x.device or not vector.is_floating_point():
         raise ValueError(
-            f"{op}: {name} must be ({x.shape[-1]},) on {x.device}, "
-            f"got {tuple(vector.shape)} on {vector.device}"
+            f"{op}: {name} must be ({x.shape[-1]},) floating point on {x.device}, "
+            f"got {tuple(vector.shape)} {vector.dtype} on {vector.device}"
         )
     return vector.to(compute_dtype(x))
 
@@ -215,6 +215,8 @@ def bias_dropout_add(
             seed=seed,
         )
     check_probability(p)
+    if residual is None:
+        raise TypeError("bias_dropout_add: residual must be a tensor, got None")
     x, checked = check_matrix("bias_dropout_add", x, residual)
     bias = check_vector("bias_dropout_add", "bias", bias, x)
     threshold = threshold_of(p) if training else 0

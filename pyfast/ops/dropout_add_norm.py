@@ -230,8 +230,8 @@ def dropout_add_norm(
         training: ``False`` adds without dropping. Default: ``True``
         norm: ``"layer"`` or ``"rms"``.
         prenorm: return ``(y, residual + dropout(x))``: the sum is the residual of the next block.
-        eps: added to the variance. Default: 1e-5 for ``"layer"``, ``finfo(dtype).eps`` for
-            ``"rms"``.
+        eps: added to the variance. Default, as torch's: 1e-5 for ``"layer"``, for ``"rms"`` the
+            epsilon of float64 for float64 and of float32 for every other dtype.
         generator: where the seed is drawn from. Default: torch's default CPU generator
         seed: the 64-bit seed itself, an int or a tensor of one int64.
 
@@ -265,7 +265,7 @@ def dropout_add_norm(
     bias = check_vector(op, "bias", bias, x)
     rms = norm == "rms"
     if eps is None:
-        eps = torch.finfo(x.dtype).eps if rms else 1e-5
+        eps = torch.finfo(compute_dtype(x)).eps if rms else 1e-5
     threshold = threshold_of(p) if training else 0
     eager = is_eager(x)
     if threshold == 0:
