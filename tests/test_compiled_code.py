@@ -197,7 +197,11 @@ _NORM = {**_ROWS, "HAS_RESIDUAL": True, "HAS_BIAS": True, "KEEP_Z": True}
 _NORM_BACKWARD = {**_ROWS, "HAS_GRAD_Z": True, "CHUNK_ROWS": 32}
 _BIAS_BACKWARD = {**_SEED, "ALIGNED": True, "CHUNK_ROWS": 32, "COLUMNS": 512}
 KERNELS = {
-    "dropout": Kernel("dropout", "dropout_kernel", {**_SEED, "PER_ELEMENT": True, "BLOCK": 2048}),
+    "dropout": Kernel(
+        "dropout",
+        "dropout_kernel",
+        {**_SEED, "HAS_SHIFT": False, "PER_ELEMENT": True, "BLOCK": 2048},
+    ),
     "bias_dropout_add": Kernel(
         "bias_dropout_add", "forward_kernel", {**_SEED, "HAS_BIAS": True, "BLOCK": 2048}
     ),
@@ -216,7 +220,9 @@ KERNELS = {
     ),
     # What the checks below must tell from the kernels above.
     "a call for every element": Kernel(
-        "dropout", "dropout_kernel", {**_SEED, "PER_ELEMENT": False, "BLOCK": 2048}
+        "dropout",
+        "dropout_kernel",
+        {**_SEED, "HAS_SHIFT": False, "PER_ELEMENT": False, "BLOCK": 2048},
     ),
 }
 GOOD = tuple(KERNELS)[:-1]

@@ -25,6 +25,7 @@ def dropout_kernel(
     scale,
     shift,
     fill,
+    HAS_SHIFT: tl.constexpr,
     SEED_IS_POINTER: tl.constexpr,
     PER_ELEMENT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -38,7 +39,10 @@ def dropout_kernel(
         bits = element_bits(key, index // channel_size, stream)
     inside = index < num_elements
     x = tl.load(x_pointer + index, mask=inside, other=0.0).to(tl.float32)
-    y = tl.where(bits.to(tl.int32) >= threshold, x * scale + shift, fill)
+    y = x * scale
+    if HAS_SHIFT:
+        y += shift
+    y = tl.where(bits.to(tl.int32) >= threshold, y, fill)
     tl.store(y_pointer + index, y.to(y_pointer.dtype.element_ty), mask=inside)
 
 
@@ -71,6 +75,7 @@ def dropout_triton(
         scale,
         shift,
         fill,
+        HAS_SHIFT=shift != 0.0,
         SEED_IS_POINTER=is_pointer,
         PER_ELEMENT=mask_ndim == x.dim(),
         BLOCK=BLOCK,
