@@ -1,8 +1,6 @@
-// One pass over chunks of 32 rows. A row is cut into blocks of 256 columns: the keep bits of a
-// block are drawn, then applied. Bound by bytes: x, residual and y forward, grad and grad_x
-// backward.
+// One pass over chunks of 32 rows, block by block: keep bits are drawn, then applied. Bound by
+// bytes: x, residual and y forward, grad and grad_x backward.
 #include "../common/column_sum.h"
-#include "../common/keep_bits.h"
 #include "../common/parallel.h"
 #include "../common/row_blocks.h"
 #include "bias_dropout_add.h"
@@ -10,90 +8,74 @@
 namespace pyfast::PYFAST_ISA {
 namespace {
 
-constexpr int64_t kBlock = 256;
-
-// Calls f(row, first column, count, bits) for every block of the rows.
-template <typename F>
-PYFAST_ALWAYS_INLINE void for_each_block(int64_t row_begin, int64_t row_end, int64_t num_columns,
-                                         const KeepRule& rule, const F& f) {
-  uint64_t bits[2 * kKeepBlocks];
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    for (int64_t column = 0; column < num_columns; column += kBlock) {
-      const int64_t count = num_columns - column < kBlock ? num_columns - column : kBlock;
-      fill_keep_bits(rule, static_cast<uint64_t>(row * num_columns + column), count, bits);
-      f(row, column, count, bits);
-    }
-  }
-}
-
 template <typename T>
-void forward(const T* /*type*/, const BiasDropoutAddParams& p, int num_threads) {
-  using C = typename ComputeType<T>::type;
-  using V = Vec<C>;
-  const KeepRule rule = {seed_value(p.seed), p.stream, p.threshold};
-  const V scale = V::broadcast(static_cast<C>(p.scale)), zero = V::broadcast(0);
-  const C* bias = static_cast<const C*>(p.bias);
-  const bool stream = streams(static_cast<T*>(p.y), p.num_rows, p.num_columns, 3);
+void forward(const T* /*type*/, const BiasDropoutAddParams& params, int num_threads) {
+  const int64_t threads = useful_threads(params.num_rows * params.num_columns, num_threads);
   auto work = [&](int64_t begin, int64_t end, int64_t) {
+    using C = typename ComputeType<T>::type;
+    using V = Vec<C>;
+    const BiasDropoutAddParams p = params;  // of its own: no store can change it
+    const int64_t n = p.num_columns;
+    const KeepRule rule = {seed_value(p.seed), p.stream, p.threshold};
+    const V scale = V::broadcast(static_cast<C>(p.scale)), zero = V::broadcast(0);
+    const C* const bias = static_cast<const C*>(p.bias);
+    const bool stream = streams(static_cast<T*>(p.y), p.num_rows, n, 3);
     const int64_t row_end = end * kChunkRows < p.num_rows ? end * kChunkRows : p.num_rows;
-    for_each_block(
-        begin * kChunkRows, row_end, p.num_columns, rule,
-        [&](int64_t row, int64_t column, int64_t count, const uint64_t* bits) PYFAST_INLINE_LAMBDA {
-          const int64_t offset = row * p.num_columns + column;
-          const T* x = static_cast<const T*>(p.x) + offset;
-          const T* residual = static_cast<const T*>(p.residual) + offset;
-          T* y = static_cast<T*>(p.y) + offset;
-          for_each_vec<V>(count, [&](int64_t j, int lanes) PYFAST_INLINE_LAMBDA {
-            V value = load_lanes<V>(x + j, lanes);
-            if (bias != nullptr) value = value + load_lanes<V>(bias + column + j, lanes);
-            value = select(bits[j / 64] >> (j % 64), value * scale, zero);
-            store_lanes(load_lanes<V>(residual + j, lanes) + value, y + j, lanes, stream);
+    for (int64_t row = begin * kChunkRows; row < row_end; ++row) {
+      const T* x = static_cast<const T*>(p.x) + row * n;
+      const T* residual = static_cast<const T*>(p.residual) + row * n;
+      T* y = static_cast<T*>(p.y) + row * n;
+      for_each_block(
+          rule, row, n, [&](int64_t from, int64_t to, const uint64_t* bits) PYFAST_INLINE_LAMBDA {
+            for_each_vec<V>(from, to, [&](int64_t j, int lanes) PYFAST_INLINE_LAMBDA {
+              V value = load_lanes<V>(x + j, lanes);
+              if (bias != nullptr) value = value + load_lanes<V>(bias + j, lanes);
+              value = select(keep_lanes(bits, j), value * scale, zero);
+              store_lanes(load_lanes<V>(residual + j, lanes) + value, y + j, lanes, stream);
+            });
           });
-        });
-    if (stream) stream_fence();
-  };
-  parallel_for(num_chunks(p.num_rows), useful_threads(p.num_rows * p.num_columns, num_threads),
-               work);
-}
-
-template <typename T>
-void backward(const T* /*type*/, const BiasDropoutAddBackwardParams& p, int num_threads) {
-  using C = typename ComputeType<T>::type;
-  using V = Vec<C>;
-  const KeepRule rule = {seed_value(p.seed), p.stream, p.threshold};
-  const V scale = V::broadcast(static_cast<C>(p.scale)), zero = V::broadcast(0);
-  C* partials = static_cast<C*>(p.partial);
-  const bool stream = streams(static_cast<T*>(p.grad_x), p.num_rows, p.num_columns, 2);
-  const int64_t threads = useful_threads(p.num_rows * p.num_columns, num_threads);
-  auto work = [&](int64_t begin, int64_t end, int64_t) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      C* partial = partials + chunk * p.num_columns;
-      for_each_vec<V>(p.num_columns, [&](int64_t j, int lanes) PYFAST_INLINE_LAMBDA {
-        store_lanes(zero, partial + j, lanes, false);
-      });
-      const int64_t first = chunk * kChunkRows;
-      const int64_t row_end = first + kChunkRows < p.num_rows ? first + kChunkRows : p.num_rows;
-      for_each_block(first, row_end, p.num_columns, rule,
-                     [&](int64_t row, int64_t column, int64_t count, const uint64_t* bits)
-                         PYFAST_INLINE_LAMBDA {
-                           const int64_t offset = row * p.num_columns + column;
-                           const T* grad = static_cast<const T*>(p.grad) + offset;
-                           T* grad_x = static_cast<T*>(p.grad_x) + offset;
-                           for_each_vec<V>(count, [&](int64_t j, int lanes) PYFAST_INLINE_LAMBDA {
-                             const V kept = load_lanes<V>(grad + j, lanes) * scale;
-                             const V value = select(bits[j / 64] >> (j % 64), kept, zero);
-                             store_lanes(value, grad_x + j, lanes, stream);
-                             C* sum = partial + column + j;
-                             store_lanes(load_lanes<V>(sum, lanes) + value, sum, lanes, false);
-                           });
-                         });
     }
     if (stream) stream_fence();
   };
-  parallel_for(num_chunks(p.num_rows), threads, work);
-  parallel_for(p.num_columns, threads, [&](int64_t begin, int64_t end, int64_t) {
-    sum_chunks_of(partials, static_cast<C*>(p.grad_bias), num_chunks(p.num_rows), p.num_columns,
-                  begin, end);
+  parallel_for(num_chunks(params.num_rows), threads, work);
+}
+
+template <typename T>
+void backward(const T* /*type*/, const BiasDropoutAddBackwardParams& params, int num_threads) {
+  using C = typename ComputeType<T>::type;
+  const int64_t threads = useful_threads(params.num_rows * params.num_columns, num_threads);
+  const int64_t chunks = num_chunks(params.num_rows);
+  C* const partials = static_cast<C*>(params.partial);
+  auto work = [&](int64_t begin, int64_t end, int64_t) {
+    using V = Vec<C>;
+    const BiasDropoutAddBackwardParams p = params;  // of its own: no store can change it
+    const int64_t n = p.num_columns;
+    const KeepRule rule = {seed_value(p.seed), p.stream, p.threshold};
+    const V scale = V::broadcast(static_cast<C>(p.scale)), zero = V::broadcast(0);
+    const bool stream = streams(static_cast<T*>(p.grad_x), p.num_rows, n, 2);
+    const int64_t row_end = end * kChunkRows < p.num_rows ? end * kChunkRows : p.num_rows;
+    for (int64_t row = begin * kChunkRows; row < row_end; ++row) {
+      const T* grad = static_cast<const T*>(p.grad) + row * n;
+      T* grad_x = static_cast<T*>(p.grad_x) + row * n;
+      C* const partial = partials + row / kChunkRows * n;
+      const bool is_first = row % kChunkRows == 0;
+      for_each_block(rule, row, n,
+                     [&](int64_t from, int64_t to, const uint64_t* bits) PYFAST_INLINE_LAMBDA {
+                       for_each_vec<V>(from, to, [&](int64_t j, int lanes) PYFAST_INLINE_LAMBDA {
+                         const V kept = load_lanes<V>(grad + j, lanes) * scale;
+                         const V value = select(keep_lanes(bits, j), kept, zero);
+                         store_lanes(value, grad_x + j, lanes, stream);
+                         const V total = is_first ? zero : load_lanes<V>(partial + j, lanes);
+                         store_lanes(total + value, partial + j, lanes, false);
+                       });
+                     });
+    }
+    if (stream) stream_fence();
+  };
+  parallel_for(chunks, threads, work);
+  const int64_t n = params.num_columns;
+  parallel_for(n, threads, [&](int64_t begin, int64_t end, int64_t) {
+    sum_chunks_of(partials, static_cast<C*>(params.grad_bias), chunks, n, begin, end);
   });
 }
 

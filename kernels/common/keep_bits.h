@@ -151,6 +151,10 @@ inline void fill_keep_bits(const KeepRule& rule, uint64_t first, int64_t count, 
   const uint64_t block = first / 64;
   const uint32_t shift = static_cast<uint32_t>(first % 64);
   const int64_t num_words = (count + 63) / 64;
+  if (rule.threshold == 0) {
+    for (int64_t w = 0; w < num_words; ++w) bits[w] = ~uint64_t{0};
+    return;
+  }
   for (int64_t w = 0; w < num_words + (shift != 0); w += kKeepBlocks) {
     keep_bits256(rule, block + static_cast<uint64_t>(w), bits + w);
   }

@@ -1,7 +1,8 @@
-// What the CPU kernels over contiguous rows share: the vectors of a row with its tail, and stores
-// that bypass the cache where a whole output does not fit there.
+// What the CPU kernels over contiguous rows share: the keep bits of a block of columns, its vectors
+// with the tail, and stores that bypass the cache where a whole output does not fit there.
 #pragma once
 
+#include "keep_bits.h"
 #include "vec.h"
 
 // A loop body is worth inlining twice: once for whole vectors, once for the tail. Not so at the
@@ -35,15 +36,31 @@ inline bool streams(const T* to, int64_t num_rows, int64_t num_columns, int64_t 
          (num_rows == 1 || row_bytes % 64 == 0) && reinterpret_cast<uintptr_t>(to) % 64 == 0;
 }
 
-// Asks for a cache line that will be read soon; any address will do.
-inline void prefetch(const void* address) { __builtin_prefetch(address); }
+// Calls f(begin, end, bits) for one block of the columns of a row after the other; keep_lanes finds
+// the fate of a column in `bits`. Small blocks leave the processor room to draw the bits of one
+// while it waits for the memory of another; those that do not start at a multiple of 64 elements
+// have a word more to draw, and are larger.
+template <typename F>
+PYFAST_ALWAYS_INLINE void for_each_block(const KeepRule& rule, int64_t row, int64_t num_columns,
+                                         const F& f) {
+  uint64_t bits[24];  // keep_words(1024)
+  const int64_t block = num_columns % 64 == 0 ? 256 : 1024;
+  for (int64_t begin = 0; begin < num_columns; begin += block) {
+    const int64_t count = num_columns - begin < block ? num_columns - begin : block;
+    fill_keep_bits(rule, static_cast<uint64_t>(row * num_columns + begin), count, bits);
+    f(begin, begin + count, bits - begin / 64);
+  }
+}
 
-// Calls f(j, lanes) for the vectors of a row of n elements.
+// The fate of the columns from j on, in the lowest bits.
+inline uint64_t keep_lanes(const uint64_t* bits, int64_t j) { return bits[j / 64] >> (j % 64); }
+
+// Calls f(j, lanes) for the vectors of columns begin to end.
 template <typename V, typename F>
-PYFAST_ALWAYS_INLINE void for_each_vec(int64_t n, const F& f) {
-  int64_t j = 0;
-  for (; j + V::kLanes <= n; j += V::kLanes) f(j, static_cast<int>(V::kLanes));
-  if (j < n) f(j, static_cast<int>(n - j));
+PYFAST_ALWAYS_INLINE void for_each_vec(int64_t begin, int64_t end, const F& f) {
+  int64_t j = begin;
+  for (; j + V::kLanes <= end; j += V::kLanes) f(j, static_cast<int>(V::kLanes));
+  if (j < end) f(j, static_cast<int>(end - j));
 }
 
 template <typename V, typename T>

@@ -70,10 +70,9 @@ static inline int row_warps(int64_t num_columns) {
   return warps;
 }
 
-// Of one CPU thread: a row in the compute type and the keep bits of a row, in whole cache lines.
+// Of one CPU thread: a row and the lanes of all virtual warps twice, in the compute type.
 static inline int64_t workspace_bytes(int64_t num_columns) {
-  const int64_t words = (num_columns / 64 + 16) * 8;
-  return (num_columns * 8 + words + 127) / 64 * 64;
+  return (num_columns + 3 * 256 * row_warps(num_columns)) * 8 / 64 * 64;
 }
 
 PYFAST_CPU_KERNEL(dropout_add_norm_cpu, DropoutAddNormParams);
