@@ -4,7 +4,7 @@ namespace pyfast {
 namespace {
 
 // The exchange table of a tensor type, or null when it has none of the major version we speak.
-const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
+const dlpack::ExchangeApi* find_exchange_api(PyTypeObject* type) {
   static PyObject* const attribute = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
   py::object capsule = py::reinterpret_steal<py::object>(
       PyObject_GetAttr(reinterpret_cast<PyObject*>(type), attribute));
@@ -16,6 +16,21 @@ const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (api == nullptr) throw py::error_already_set();
   while (api != nullptr && api->version.major != 1) api = api->previous;
+  return api;
+}
+
+// The same, with the answer for the type that was asked for first (nearly always torch.Tensor)
+// kept: the lookup is a tenth of a small call.
+const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
+  static PyTypeObject* known = nullptr;
+  static const dlpack::ExchangeApi* known_api = nullptr;
+  if (type == known) return known_api;
+  const dlpack::ExchangeApi* api = find_exchange_api(type);
+  if (known == nullptr && api != nullptr) {
+    Py_INCREF(type);  // no other type can then have its address
+    known_api = api;
+    known = type;
+  }
   return api;
 }
 

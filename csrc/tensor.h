@@ -93,16 +93,21 @@ class Operands {
 [[noreturn]] void throw_kernel_error(const char* function, const char* text);
 [[noreturn]] void throw_unsupported_device(const char* function, const Tensor& tensor);
 
-// Runs a kernel where `tensor` lives, without the GIL. A forked child gets one CPU thread: the
-// threads of its parent's OpenMP pool do not exist there.
+// Fewer elements take less time than it takes to hand over the GIL.
+constexpr int64_t kMinElementsWithoutGil = 4096;
+
+// Runs a kernel where `tensor` lives, without the GIL unless it is very small. A forked child gets
+// one CPU thread: the threads of its parent's OpenMP pool do not exist there.
 template <typename Params>
 void run_kernel(const char* function, const Tensor& tensor, const Params& params, int num_threads,
                 void (*const* cpu_table)(const Params&, int),
                 const char* (*cuda_launcher)(const Params&, void*)) {
   const char* error = nullptr;
   if (tensor.is_cpu() && !kEmulateCuda) {
+    const auto kernel = cpu_table[static_cast<int>(selected_isa())];
+    if (tensor.num_elements() < kMinElementsWithoutGil) return kernel(params, 1);
     py::gil_scoped_release release;
-    cpu_table[static_cast<int>(selected_isa())](params, is_forked_child() ? 1 : num_threads);
+    kernel(params, is_forked_child() ? 1 : num_threads);
   } else if (kWithCuda && (tensor.is_cuda() || kEmulateCuda)) {
     void* stream = kEmulateCuda ? nullptr : tensor.current_stream();
     py::gil_scoped_release release;

@@ -130,19 +130,17 @@ class Op:
         """The backend that serves a call on ``tensor``; RuntimeError where a forced one cannot."""
         return _backend.choose(self.name, self.kernels, tensor)
 
-    def _kernel_for(self, tensor: Tensor) -> Callable[..., Any]:
+    def run(self, tensor: Tensor, *arguments: Any) -> Any:
+        """Call the kernel of the chosen backend. No autograd."""
         if (
             tensor.is_cpu
             and _forced() is None
             and self._cpu is not None
             and tensor.dtype in KERNEL_DTYPES
         ):
-            return self._cpu  # what backend_of would find, at a third of its cost
-        return self.kernels[self.backend_of(tensor)]
-
-    def run(self, tensor: Tensor, *arguments: Any) -> Any:
-        """Call the kernel of the chosen backend. No autograd."""
-        kernel = self._kernel_for(tensor)
+            kernel = self._cpu  # what backend_of would find, at a third of its cost
+        else:
+            kernel = self.kernels[self.backend_of(tensor)]
         try:
             return kernel(tensor, *arguments)
         except RuntimeError:
@@ -154,7 +152,7 @@ class Op:
         return self.dispatched(tensor, *self._with_seed_tensor(tensor, arguments))
 
     def _run_dispatched(self, tensor: Tensor, *arguments: Any) -> Any:
-        return self._kernel_for(tensor)(tensor, *arguments)
+        return self.kernels[self.backend_of(tensor)](tensor, *arguments)
 
     def __call__(self, tensor: Tensor, *arguments: Any) -> Any:
         call = self.eager if is_eager(tensor) else self.traced

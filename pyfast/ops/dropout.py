@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from .. import _random
+from .. import _backend, _random
 from .._backend import KERNEL_DTYPES
 from ..kernels.dropout.dropout_reference import dropout_reference
 from ._native import LARGE, get_num_threads, large_empty_like, native
@@ -21,13 +21,23 @@ from ._rule import check_probability, resolve_seed, scale_of, threshold_of
 
 _native_dropout: Any = getattr(native, "dropout", None)
 _torch_empty_like = torch.empty_like
+_forced = _backend.forced
 _is_grad_enabled = torch.is_grad_enabled
 _SELU_SATURATION = 1.7580993408473766  # -alpha' of Klambauer et al. 2017: lambda * alpha
 
 
-def _dropout_native(x: Tensor, *arguments: Any) -> Tensor:
+def _dropout_native(
+    x: Tensor,
+    seed: int | Tensor,
+    threshold: int,
+    stream: int,
+    scale: float,
+    shift: float,
+    fill: float,
+    mask_ndim: int,
+) -> Tensor:
     y = _torch_empty_like(x) if x.numel() < LARGE else large_empty_like(x)
-    _native_dropout(x, y, *arguments, get_num_threads())
+    _native_dropout(x, y, seed, threshold, stream, scale, shift, fill, mask_ndim, get_num_threads())
     return y
 
 
@@ -109,7 +119,7 @@ def apply_dropout(
     eager = is_eager(x)
     if seed is None and generator is None and eager and x.is_cpu:
         # What resolve_seed would do, without its calls.
-        seed = int(_random.buffer.tensor.random_().item())
+        seed = _random.buffer.tensor.random_().item()  # type: ignore[assignment]
     else:
         seed = resolve_seed(op, x, eager, generator, seed)
     affine = (_affine if eager else _compute_affine)(float(p), alpha)
@@ -118,13 +128,12 @@ def apply_dropout(
         return _dropout_inplace(x, eager, *arguments)
     if not eager:
         return dropout_op.traced(x, *arguments)  # type: ignore[no-any-return]
-    if (
-        _is_grad_enabled()
-        and x.requires_grad
-        and forward_ad._current_level < 0
-        and type(seed) is int
-    ):
-        return _differentiable_dropout(x, arguments)  # type: ignore[no-any-return]
+    if forward_ad._current_level < 0:
+        # What Op.eager would do, at less cost for a seed that is an int.
+        if not (_is_grad_enabled() and x.requires_grad):
+            return dropout_op.run(x, *arguments)  # type: ignore[no-any-return]
+        if type(seed) is int:
+            return _differentiable_dropout(x, arguments)  # type: ignore[no-any-return]
     return dropout_op.eager(x, *arguments)  # type: ignore[no-any-return]
 
 
@@ -135,6 +144,13 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         ctx.arguments = arguments
+        if x.is_cpu and x.numel() < LARGE and _forced() is None and _native_dropout is not None:
+            try:
+                y = _torch_empty_like(x)
+                _native_dropout(x, y, *arguments, get_num_threads())
+                return y
+            except RuntimeError:  # run knows what to make of it
+                pass
         return dropout_op.run(x, *arguments)  # type: ignore[no-any-return]
 
     @staticmethod
