@@ -1,9 +1,9 @@
 """Builds the native module with CMake and Ninja; everything else about the package is in
 pyproject.toml.
 
-PYFAST_NATIVE=0             install the pure-Python package (reference and Triton), no compiler
-needed PYFAST_CUDA=auto|1|0        CUDA kernels: if nvcc is found (default), always, never
-PYFAST_CUDA_ARCHS=...       a CMake architecture list; default "80-real;80-virtual;90a-real"
+PYFAST_NATIVE=0        install the pure-Python package (reference and Triton): no compiler needed
+PYFAST_CUDA=auto|1|0   CUDA kernels: if nvcc is found (default), always, never
+PYFAST_CUDA_ARCHS=...  a CMake architecture list; default "80-real;80-virtual;90a-real"
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ class CMakeBuild(build_ext):
                     "the CPU alone; PYFAST_NATIVE=0 installs without native code."
                 )
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(build / target.name, target)
+        # Replaced, not overwritten: a running process may have the old module mapped.
+        new = target.with_name(target.name + ".new")
+        shutil.copyfile(build / target.name, new)
+        new.replace(target)
 
 
 if os.environ.get("PYFAST_NATIVE", "1") == "0":

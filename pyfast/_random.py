@@ -1,10 +1,9 @@
 """Seeds: one 64-bit draw from torch's generator for each call of a random op.
 
 An eager call draws from the default CPU generator, also for CUDA tensors: the seed is then a plain
-    int that travels as
-a kernel argument, nothing waits for the device, and ``torch.manual_seed`` gives the same masks on
-CPU and GPU. Under CUDA-graph capture and in compiled graphs the seed is a tensor on the device of
-the input, drawn from that device's generator, so that every replay gets a new one.
+int that travels as a kernel argument, nothing waits for the device, and ``torch.manual_seed`` gives
+the same masks on CPU and GPU. Under CUDA-graph capture and in compiled graphs the seed is a tensor
+on the device of the input, drawn from that device's generator, so that every replay gets a new one.
 """
 
 from __future__ import annotations
