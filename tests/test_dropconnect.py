@@ -210,3 +210,15 @@ def test_compiles_fullgraph() -> None:
     ours = torch.autograd.grad(y.square().sum(), (x, weight, bias))
     theirs = torch.autograd.grad(expected.square().sum(), (x, weight, bias))
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 4), (3, 4, 0), (0, 4, 5)], ids=str)
+def test_empty_dimensions(sizes: tuple[int, int, int]) -> None:
+    rows, in_features, out_features = sizes
+    shapes = ((rows, in_features), (out_features, in_features), (out_features,))
+    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    y = pyfast.nn.functional.dropconnect_linear(*tensors, p=0.5)
+    y.sum().backward()
+    assert y.shape == (rows, out_features)
+    assert [t.grad.shape for t in tensors] == [t.shape for t in tensors]
+    assert torch.equal(tensors[2].grad, torch.full((out_features,), float(rows)))

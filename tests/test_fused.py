@@ -174,6 +174,7 @@ TRANSFORMS: dict[str, Function] = {
     "vmap": lambda f, x, r, v: func.vmap(f, OVER_X)(x, r, v),
     "vmap over the vector": lambda f, x, r, v: func.vmap(f, (None, None, 0))(x[0], r, r),
     "grad": lambda f, x, r, v: slope(f)(x[0], r, v),
+    "grad of vmap": lambda f, x, r, v: slope(lambda *t: func.vmap(f, OVER_X)(*t))(x, r, v),
     "vmap of grad": lambda f, x, r, v: func.vmap(slope(f), OVER_X)(x, r, v),
     "vjp": lambda f, x, r, v: func.vjp(f, x[0], r, v)[1](r),
     "jvp": lambda f, x, r, v: func.jvp(f, (x[0], r, v), (r, x[1], v)),

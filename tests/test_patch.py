@@ -375,3 +375,25 @@ def test_rejects_what_is_no_module(model: object, came: str) -> None:
     with pytest.raises(TypeError) as error:
         pyfast.patch(model)  # type: ignore[arg-type]
     assert str(error.value) == f"patch: model must be a torch.nn.Module, got {came}"
+
+
+def test_traced_modules_follow_eval_and_train() -> None:
+    """torch.fx keeps the modules as calls; those with parameters too."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout())
+    pyfast.patch(model)
+    model.append(pyfast.nn.DropConnect(8, 8))
+    graph = torch.fx.symbolic_trace(model.train())
+    assert [node.op for node in graph.graph.nodes].count("call_module") == 3
+    x = torch.ones(40, 8)
+    assert torch.equal(graph.eval()(x), model.eval()(x))
+    assert not torch.equal(graph.train()(x), graph(x))
+    assert [node.op for node in torch.fx.symbolic_trace(pyfast.nn.Dropout()).graph.nodes][1] == (
+        "call_function"
+    )
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+def test_nested_tensors_are_left_to_torch(layout: torch.layout) -> None:
+    x = torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)], layout=layout)
+    y = pyfast.nn.functional.dropout(x, 0.5)
+    assert y.is_nested and set(y.values().unique().tolist()) <= {0.0, 2.0}

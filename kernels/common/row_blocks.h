@@ -79,16 +79,4 @@ PYFAST_ALWAYS_INLINE void store_lanes(const V& value, T* to, int lanes, bool str
   }
 }
 
-// The value that is left after a store to T and a load.
-template <typename T, typename V>
-PYFAST_ALWAYS_INLINE V rounded_to(const V& value) {
-  if constexpr (sizeof(T) < 4) {
-    T stored[V::kLanes];
-    value.store(stored);
-    return V::load(stored);
-  } else {
-    return value;
-  }
-}
-
 }  // namespace pyfast::PYFAST_ISA

@@ -48,6 +48,13 @@ struct Vec {
   void stream(T* to) const {
     store(to);
   }
+  // The value that is left of this one in an array of T.
+  template <typename T>
+  Vec rounded(const T* /*type*/) const {
+    T stored[kLanes];
+    store(stored);
+    return load(stored);
+  }
   friend Vec operator+(Vec a, Vec b) {
     for (int i = 0; i < kLanes; ++i) a.v[i] += b.v[i];
     return a;
@@ -135,6 +142,9 @@ struct Vec<float> {
   void stream(Float16* to) const {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(to), to_float16());
   }
+  Vec rounded(const float* /*type*/) const { return *this; }
+  Vec rounded(const BFloat16* /*type*/) const { return {widen(to_bfloat16())}; }
+  Vec rounded(const Float16* /*type*/) const { return {_mm512_cvtph_ps(to_float16())}; }
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -210,6 +220,9 @@ struct Vec<float> {
     _mm_stream_si128(reinterpret_cast<__m128i*>(to), to_bfloat16());
   }
   void stream(Float16* to) const { _mm_stream_si128(reinterpret_cast<__m128i*>(to), to_float16()); }
+  Vec rounded(const float* /*type*/) const { return *this; }
+  Vec rounded(const BFloat16* /*type*/) const { return {widen(to_bfloat16())}; }
+  Vec rounded(const Float16* /*type*/) const { return {_mm256_cvtph_ps(to_float16())}; }
   friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }

@@ -106,8 +106,8 @@ void forward(const T* /*type*/, const DropoutAddNormParams& params, int num_thre
                          value = select(keep_lanes(bits, j), value * scale, zero);
                          if (residual != nullptr)
                            value = load_lanes<V>(residual + j, lanes) + value;
-                         value = rounded_to<T>(value);
                          if (z != nullptr) store_lanes(value, z + j, lanes, stream);
+                         value = value.rounded(x);
                          store_lanes(value, kept + j, lanes, false);
                          if (slots != kept) add_to_slot(value, slots, num_slots, j, lanes);
                        });

@@ -9,6 +9,7 @@ import torch.nn as nn
 from torch import Generator, Tensor
 
 from . import functional as F
+from ._fx import leaf
 
 
 class DropConnect(nn.Linear):
@@ -43,6 +44,7 @@ class DropConnect(nn.Linear):
         self.generator = generator
         self.seed = seed
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         options: dict[str, Any] = {"generator": self.generator, "seed": self.seed}
         return F.dropconnect_linear(input, self.weight, self.bias, self.p, self.training, **options)

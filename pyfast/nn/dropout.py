@@ -6,6 +6,7 @@ import torch.nn as nn
 from torch import Generator, Tensor
 
 from . import functional as F
+from ._fx import leaf
 
 
 class _Seeded:
@@ -39,6 +40,7 @@ class Dropout(_Seeded, nn.Dropout):
         seed: a fixed seed: every call then has the same mask.
     """
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return F.dropout(
             input, self.p, self.training, self.inplace, generator=self.generator, seed=self.seed
@@ -49,6 +51,7 @@ class Dropout1d(_Seeded, nn.Dropout1d):
     """Replaces :class:`torch.nn.Dropout1d`: whole channels of a (N, C, L) or (C, L) input.
     Arguments as Dropout."""
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return F.dropout1d(
             input, self.p, self.training, self.inplace, generator=self.generator, seed=self.seed
@@ -59,6 +62,7 @@ class Dropout2d(_Seeded, nn.Dropout2d):
     """Replaces :class:`torch.nn.Dropout2d`: whole channels of a (N, C, H, W) input. Arguments as
     Dropout."""
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return F.dropout2d(
             input, self.p, self.training, self.inplace, generator=self.generator, seed=self.seed
@@ -69,6 +73,7 @@ class Dropout3d(_Seeded, nn.Dropout3d):
     """Replaces :class:`torch.nn.Dropout3d`: whole channels of a (N, C, D, H, W) input. Arguments as
     Dropout."""
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return F.dropout3d(
             input, self.p, self.training, self.inplace, generator=self.generator, seed=self.seed
@@ -78,6 +83,7 @@ class Dropout3d(_Seeded, nn.Dropout3d):
 class AlphaDropout(_Seeded, nn.AlphaDropout):
     """Replaces :class:`torch.nn.AlphaDropout`, which ignores ``inplace``. Arguments as Dropout."""
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return F.alpha_dropout(
             input, self.p, self.training, generator=self.generator, seed=self.seed
@@ -88,6 +94,7 @@ class FeatureAlphaDropout(_Seeded, nn.FeatureAlphaDropout):
     """Replaces :class:`torch.nn.FeatureAlphaDropout`, which ignores ``inplace``. Arguments as
     Dropout."""
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return F.feature_alpha_dropout(
             input, self.p, self.training, generator=self.generator, seed=self.seed

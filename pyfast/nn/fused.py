@@ -7,6 +7,7 @@ import torch.nn as nn
 from torch import Generator, Tensor
 
 from . import functional as F
+from ._fx import leaf
 
 
 class BiasDropoutAdd(nn.Module):
@@ -41,6 +42,7 @@ class BiasDropoutAdd(nn.Module):
         zeros = torch.zeros(num_features, device=device, dtype=dtype) if bias else None
         self.bias = None if zeros is None else nn.Parameter(zeros)
 
+    @leaf
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return F.bias_dropout_add(
             x, self.bias, residual, self.p, self.training, generator=self.generator, seed=self.seed
@@ -98,6 +100,7 @@ class DropoutAddNorm(nn.Module):
         if elementwise_affine and bias and norm == "layer":
             self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
 
+    @leaf
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
         return F.dropout_add_norm(
             x,

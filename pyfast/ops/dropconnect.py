@@ -38,12 +38,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, *seed_tensor = ctx.saved_tensors
     seed = seed_tensor[0] if seed_tensor else ctx.seed
-    rows = grad.reshape(-1, grad.shape[-1])
+    rows, input_rows = (t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (grad, input))
     grad_input = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_input = grad @ _drop(weight, seed, ctx.threshold)
     if ctx.needs_input_grad[1]:
-        grad_weight = _drop(rows.t() @ input.reshape(-1, input.shape[-1]), seed, ctx.threshold)
+        grad_weight = _drop(rows.t() @ input_rows, seed, ctx.threshold)
     if ctx.needs_input_grad[2]:
         grad_bias = rows.sum(0)
     return grad_input, grad_weight, grad_bias, None, None

@@ -205,6 +205,10 @@ def _dropout_inplace(x: Tensor, eager: bool, *arguments: Any) -> Tensor:
     return x
 
 
+def _is_strided(x: Tensor) -> bool:
+    return x.layout == torch.strided
+
+
 def dropout(
     input: Tensor,
     p: float = 0.5,
@@ -225,7 +229,7 @@ def dropout(
 
     Args:
         input: any shape and strides; float32, float64, float16 or bfloat16. The result has its
-            dtype and memory format.
+            dtype and memory format. Nested tensors are left to torch, whose masks they get.
         p: probability of an element to be zeroed. Default: 0.5
         training: ``False`` returns ``input`` itself. Default: ``True``
         inplace: write the result to ``input``. Default: ``False``
@@ -257,7 +261,7 @@ def dropout(
         check_probability(p)
     if not training or p == 0 or input.numel() == 0:
         return input
-    if input.dtype not in KERNEL_DTYPES:
+    if input.dtype not in KERNEL_DTYPES or input.is_nested or (inplace and not _is_strided(input)):
         return F.dropout(input, p, training, inplace)
     return apply_dropout("dropout", input, p, inplace, generator, seed)
 
@@ -293,6 +297,6 @@ def alpha_dropout(
         check_probability(p)
     if not training or p == 0 or input.numel() == 0:
         return input
-    if input.dtype not in KERNEL_DTYPES:
+    if input.dtype not in KERNEL_DTYPES or input.is_nested or (inplace and not _is_strided(input)):
         return F.alpha_dropout(input, p, training, inplace)
     return apply_dropout("alpha_dropout", input, p, inplace, generator, seed, alpha=True)

@@ -271,9 +271,12 @@ def dropout_add_norm(
     if threshold == 0:
         seed = 0
     seed = resolve_seed(op, x, eager, generator, seed)
+    # Inside of a transform, tensors do not tell whether a gradient is wanted outside of it.
     keep_z = prenorm or (
         torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
+        and (
+            not eager or any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
+        )
     )
     call = _dropout_add_norm.eager if eager else _dropout_add_norm.traced
     rule = (threshold, _STREAM, scale_of(threshold), eps, rms, keep_z)
