@@ -255,11 +255,13 @@ def test_errors_and_warnings_are_those_of_torch(name: str) -> None:
     cases += [(torch.ones(3, 4, 5), p) for p in (-0.1, 1.1, float("inf"), float("nan"))]
     for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64):
         cases += [(torch.ones(shape, dtype=dtype), 0.5) for shape in ((3, 4), (3, 4, 5))]
+    others = [None, [1.0], torch.eye(3).to_sparse()]
+    cases += [(x, 0.5) for x in others[: 2 if name[-2:] in ("1d", "3d") else 3]]
     for x, p in cases:
         for inplace in (False, True):
-            ours = outcome(getattr(F, name), x.clone(), p, True, inplace)
-            theirs = outcome(getattr(torch_functional, name), x.clone(), p, True, inplace)
-            assert ours == theirs, f"{tuple(x.shape)} {x.dtype} p={p} inplace={inplace}"
+            ours = outcome(getattr(F, name), copy.deepcopy(x), p, True, inplace)
+            theirs = outcome(getattr(torch_functional, name), copy.deepcopy(x), p, True, inplace)
+            assert ours == theirs, f"{x} p={p} inplace={inplace}"
 
 
 def test_accepts_a_tensor_as_probability() -> None:

@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from .._backend import KERNEL_DTYPES
 from ._rule import check_probability
-from .dropout import apply_dropout
+from .dropout import apply_dropout, is_for_torch
 
 
 def _feature(
@@ -22,11 +21,10 @@ def _feature(
     mask_ndim: int,
     alpha: bool = False,
 ) -> Tensor:
+    if not isinstance(input, Tensor) or is_for_torch(input):
+        return getattr(F, op)(input, p, training, inplace)  # type: ignore[no-any-return]
     if not training or p == 0 or input.numel() == 0:
         return input
-    if input.dtype not in KERNEL_DTYPES:
-        # torch refuses these dtypes; called for its error.
-        return (F.feature_alpha_dropout if alpha else F.dropout)(input, p, training, inplace)
     if input.dim() + (mask_ndim == 1) < 2 and p < 1:  # torch adds the missing batch dimension
         raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
     return apply_dropout(op, input, p, inplace, generator, seed, alpha=alpha, mask_ndim=mask_ndim)

@@ -205,8 +205,9 @@ def _dropout_inplace(x: Tensor, eager: bool, *arguments: Any) -> Tensor:
     return x
 
 
-def _is_strided(x: Tensor) -> bool:
-    return x.layout == torch.strided
+def is_for_torch(x: Tensor) -> bool:
+    """Nested tensors, and what torch refuses: called for its error."""
+    return x.dtype not in KERNEL_DTYPES or x.layout is not torch.strided or x.is_nested
 
 
 def dropout(
@@ -259,10 +260,10 @@ def dropout(
         )
     if not 0.0 <= p <= 1.0:
         check_probability(p)
+    if not isinstance(input, Tensor) or is_for_torch(input):
+        return F.dropout(input, p, training, inplace)
     if not training or p == 0 or input.numel() == 0:
         return input
-    if input.dtype not in KERNEL_DTYPES or input.is_nested or (inplace and not _is_strided(input)):
-        return F.dropout(input, p, training, inplace)
     return apply_dropout("dropout", input, p, inplace, generator, seed)
 
 
@@ -295,8 +296,8 @@ def alpha_dropout(
         )
     if not 0.0 <= p <= 1.0:
         check_probability(p)
+    if not isinstance(input, Tensor) or is_for_torch(input):
+        return F.alpha_dropout(input, p, training, inplace)
     if not training or p == 0 or input.numel() == 0:
         return input
-    if input.dtype not in KERNEL_DTYPES or input.is_nested or (inplace and not _is_strided(input)):
-        return F.alpha_dropout(input, p, training, inplace)
     return apply_dropout("alpha_dropout", input, p, inplace, generator, seed, alpha=True)
