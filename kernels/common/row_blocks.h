@@ -5,17 +5,10 @@
 #include "keep_bits.h"
 #include "vec.h"
 
-// A loop body is worth inlining twice: once for whole vectors, once for the tail. Not so at the
-// generic level, whose vectors are arrays: it would only take the compiler half a minute.
-#if defined(__AVX2__)
+// A loop body is worth inlining twice: once for whole vectors, once for the tail.
 #define PYFAST_ALWAYS_INLINE inline __attribute__((always_inline))
 #define PYFAST_INLINE_LAMBDA __attribute__((always_inline))
 #define PYFAST_UNROLL _Pragma("GCC unroll 8")
-#else
-#define PYFAST_ALWAYS_INLINE inline
-#define PYFAST_INLINE_LAMBDA
-#define PYFAST_UNROLL
-#endif
 
 namespace pyfast::PYFAST_ISA {
 

@@ -1,5 +1,5 @@
-// A thread takes chunks of 32 rows. A row stays in L1 as floats between its two passes over memory,
-// and its sums are taken from there. The second pass of a row and the first of the next are one
+// A thread takes chunks of 32 rows and passes twice over each row, which stays in L1 in between:
+// forward as floats, backward as it is. The second pass of a row and the first of the next are one
 // loop, in the order of the addresses: memory is then busy all the time, and the processor's own
 // prefetching keeps up. Apart, or with the sums of a row taken from memory (whose order jumps by
 // 256 elements), the passes took twice as long; prefetch instructions did not help. Bound by bytes:
