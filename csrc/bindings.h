@@ -9,5 +9,6 @@ void bind_empty(pybind11::module_& m);
 void bind_dropout(pybind11::module_& m);
 void bind_bias_dropout_add(pybind11::module_& m);
 void bind_dropout_add_norm(pybind11::module_& m);
+void bind_attention(pybind11::module_& m);
 
 }  // namespace pyfast

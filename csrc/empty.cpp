@@ -90,22 +90,23 @@ bool is_dense(const Tensor& x) {
   return true;
 }
 
-// A tensor of x's type, shape and strides, or None where torch should make it.
-py::object empty_like(const Tensor& x) {
-  const dlpack::ExchangeApi* api = x.api();
-  if (api == nullptr || !x.is_cpu() || !is_dense(x) || x.num_elements() == 0) return py::none();
+// A tensor of the type of `like`, or None where torch should make it.
+py::object make(const Tensor& like, std::vector<int64_t> shape, std::vector<int64_t> strides) {
+  const dlpack::ExchangeApi* api = like.api();
+  int64_t num_elements = 1;
+  for (const int64_t size : shape) num_elements *= size;
+  if (api == nullptr || !like.is_cpu() || num_elements == 0) return py::none();
   auto output = std::make_unique<Output>();
   dlpack::Tensor& tensor = output->managed.tensor;
-  tensor = x.view();
-  void* block = pool().take(static_cast<size_t>(x.num_elements()) * tensor.dtype.bits / 8,
+  tensor = like.view();
+  void* block = pool().take(static_cast<size_t>(num_elements) * tensor.dtype.bits / 8,
                             &output->block_bytes);
   if (block == nullptr) return py::none();
-  for (int d = 0; d < x.ndim(); ++d) {
-    output->shape.push_back(x.size(d));
-    output->strides.push_back(x.stride(d));
-  }
+  output->shape = std::move(shape);
+  output->strides = std::move(strides);
   tensor.data = block;
   tensor.byte_offset = 0;
+  tensor.ndim = static_cast<int>(output->shape.size());
   tensor.shape = output->shape.data();
   tensor.strides = output->strides.data();
   output->managed.version = {1, 0};
@@ -123,8 +124,41 @@ py::object empty_like(const Tensor& x) {
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
 }
 
+// A tensor of x's type, shape and strides.
+py::object empty_like(const Tensor& x) {
+  if (!is_dense(x)) return py::none();
+  std::vector<int64_t> shape, strides;
+  for (int d = 0; d < x.ndim(); ++d) {
+    shape.push_back(x.size(d));
+    strides.push_back(x.stride(d));
+  }
+  return make(x, std::move(shape), std::move(strides));
+}
+
+// A contiguous tensor of another shape.
+py::object empty(const Tensor& like, const py::tuple& sizes) {
+  std::vector<int64_t> shape, strides(sizes.size());
+  for (const py::handle& size : sizes) shape.push_back(size.cast<int64_t>());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0; stride *= shape[d]) strides[d] = stride;
+  return make(like, std::move(shape), std::move(strides));
+}
+
 }  // namespace
 
-void bind_empty(py::module_& m) { m.def("empty_like", &empty_like); }
+ScratchBlock::ScratchBlock(int64_t bytes) {
+  if (bytes == 0) return;
+  data_ = pool().take(static_cast<size_t>(bytes), &bytes_);
+  if (data_ == nullptr) throw std::bad_alloc();
+}
+
+ScratchBlock::~ScratchBlock() {
+  if (data_ != nullptr) pool().give(data_, bytes_);
+}
+
+void bind_empty(py::module_& m) {
+  m.def("empty_like", &empty_like);
+  m.def("empty", &empty);
+}
 
 }  // namespace pyfast

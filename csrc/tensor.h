@@ -59,6 +59,20 @@ class Tensor {
   dlpack::ManagedTensor* managed_ = nullptr;
 };
 
+// Memory for the time of a call, from the pool of large outputs.
+class ScratchBlock {
+ public:
+  explicit ScratchBlock(int64_t bytes);  // 0: no memory; throws std::bad_alloc
+  ScratchBlock(const ScratchBlock&) = delete;
+  ScratchBlock& operator=(const ScratchBlock&) = delete;
+  ~ScratchBlock();
+  void* data() const { return data_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
 // A Python int is the seed itself; a tensor of one int64 holds it, on the CPU or where the kernel
 // runs. `holder` keeps the view alive.
 Seed seed_from(py::handle object, Tensor* holder, const Tensor& like);
@@ -95,6 +109,14 @@ class Operands {
 
 // Fewer elements take less time than it takes to hand over the GIL.
 constexpr int64_t kMinElementsWithoutGil = 4096;
+
+// Runs a kernel that exists for the CPU alone, without the GIL.
+template <typename Params>
+void run_cpu_kernel(const Params& params, int num_threads,
+                    void (*const* cpu_table)(const Params&, int)) {
+  py::gil_scoped_release release;
+  cpu_table[static_cast<int>(selected_isa())](params, is_forked_child() ? 1 : num_threads);
+}
 
 // Runs a kernel where `tensor` lives, without the GIL unless it is very small. A forked child gets
 // one CPU thread: the threads of its parent's OpenMP pool do not exist there.

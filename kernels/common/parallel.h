@@ -35,5 +35,18 @@ inline void parallel_for(int64_t num_pieces, int64_t num_threads, const F& f) {
   }
 }
 
+// Calls f(piece) for every piece, on whichever thread is free: for pieces that differ in cost, and
+// whose results do not depend on who computes them.
+template <typename F>
+inline void parallel_for_each(int64_t num_pieces, int64_t num_threads, const F& f) {
+  if (num_threads > num_pieces) num_threads = num_pieces;
+  if (num_threads <= 1) {
+    for (int64_t piece = 0; piece < num_pieces; ++piece) f(piece);
+    return;
+  }
+#pragma omp parallel for num_threads(static_cast<int>(num_threads)) schedule(dynamic, 1)
+  for (int64_t piece = 0; piece < num_pieces; ++piece) f(piece);
+}
+
 }  // namespace pyfast::PYFAST_ISA
 #endif

@@ -7,14 +7,19 @@ from typing import Any
 
 import torch.nn.functional as _torch
 
+from ..ops.attention import scaled_dot_product_attention
+from ..ops.attention_with_kv_cache import attention_with_kv_cache
 from ..ops.bias_dropout_add import bias_dropout_add
 from ..ops.channel_dropout import dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 from ..ops.dropconnect import dropconnect_linear
 from ..ops.dropout import alpha_dropout, dropout
 from ..ops.dropout_add_norm import dropout_add_norm
+from ..ops.multi_head_attention import multi_head_attention_forward
+from ..ops.varlen_attention import varlen_attention
 
 __all__ = [
     "alpha_dropout",
+    "attention_with_kv_cache",
     "bias_dropout_add",
     "dropconnect_linear",
     "dropout",
@@ -23,6 +28,9 @@ __all__ = [
     "dropout3d",
     "dropout_add_norm",
     "feature_alpha_dropout",
+    "multi_head_attention_forward",
+    "scaled_dot_product_attention",
+    "varlen_attention",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,6 +27,15 @@ def large_empty_like(x: Tensor) -> Tensor:
 
 def empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x) if x.numel() < LARGE else large_empty_like(x)
+
+
+def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A contiguous tensor of another shape, from the same memory."""
+    if like.is_cpu and math.prod(shape) >= LARGE:
+        y: Tensor | None = native.empty(like, shape)
+        if y is not None:
+            return y
+    return like.new_empty(shape)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

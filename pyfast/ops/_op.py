@@ -91,6 +91,8 @@ class Op:
             kernels.
         differentiable: positions, after the first tensor, of further arguments that may need a
             gradient.
+        limits: of a call's arguments, the reason why no kernel but the reference can serve it, or
+            an empty string.
     """
 
     def __init__(
@@ -102,9 +104,11 @@ class Op:
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         differentiable: tuple[int, ...] = (),
+        limits: Callable[..., str] | None = None,
     ) -> None:
         self.name = schema.split("(", 1)[0]
         self.kernels = kernels
+        self._limits = limits
         self._differentiable = differentiable
         self._cpu = kernels.get("cpu") if _backend.native is not None else None
         _registry[self.name] = self
@@ -141,6 +145,8 @@ class Op:
             kernel = self._cpu  # what backend_of would find, at a third of its cost
         else:
             kernel = self.kernels[self.backend_of(tensor)]
+        if self._limits is not None:
+            kernel = self._within_limits(kernel, tensor, arguments)
         try:
             return kernel(tensor, *arguments)
         except RuntimeError:
@@ -152,7 +158,24 @@ class Op:
         return self.dispatched(tensor, *self._with_seed_tensor(tensor, arguments))
 
     def _run_dispatched(self, tensor: Tensor, *arguments: Any) -> Any:
-        return self.kernels[self.backend_of(tensor)](tensor, *arguments)
+        kernel = self.kernels[self.backend_of(tensor)]
+        if self._limits is not None:
+            kernel = self._within_limits(kernel, tensor, arguments)
+        return kernel(tensor, *arguments)
+
+    def _within_limits(
+        self, kernel: Callable[..., Any], tensor: Tensor, arguments: tuple[Any, ...]
+    ) -> Callable[..., Any]:
+        """The kernel, or the reference for a call that the kernel cannot serve."""
+        reference = self.kernels["reference"]
+        reason = "" if kernel is reference else self._limits(tensor, *arguments)  # type: ignore[misc]
+        if not reason:
+            return kernel
+        if _forced() is not None:
+            raise RuntimeError(
+                f"{self.name}: the backend {_forced()!r} was asked for, but {reason}"
+            )
+        return reference
 
     def __call__(self, tensor: Tensor, *arguments: Any) -> Any:
         call = self.eager if is_eager(tensor) else self.traced

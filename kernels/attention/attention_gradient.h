@@ -1,0 +1,209 @@
+// The weights of a block and the gradients of its scores, recomputed from the logarithm of the
+// softmax denominators: p = exp(s - lse), grad_s = p * (grad_p - delta).
+#pragma once
+
+#include "attention_block.h"
+
+namespace pyfast::PYFAST_ISA {
+
+constexpr int64_t kGradientQueries = 128;
+constexpr int64_t kGradientKeys = 256;
+constexpr int64_t kGradientStride = kGradientQueries + 16;  // an odd number of cache lines
+constexpr int64_t kGradientKeepStride = kGradientQueries / kGroupQueries;
+
+// Scratch of a thread.
+struct GradientWorkspace {
+  float* scores;          // [kGradientKeys][kGradientStride], then weights as units along queries
+  float* grads;           // the same: gradients of weights, then of scores
+  uint32_t* pairs;        // [kGradientKeys / 2][kGradientStride] of scores, pairs along keys
+  uint32_t* queries;      // [units][kGradientQueries] transposed
+  uint32_t* grad_out;     // [units][kGradientQueries] transposed
+  uint32_t* query_units;  // [kGradientQueries][padded head size]
+  uint32_t* value_units;  // [kGradientQueries][padded value size], of grad_out
+  uint32_t* key_units;    // [kGradientKeys][padded head size]
+  uint32_t* keys;         // [kGradientKeys][units]
+  uint32_t* values;       // [kGradientKeys][units]
+  float* grad_k;          // [kGradientKeys][padded head size]
+  float* grad_v;          // [kGradientKeys][padded value size]
+  float* mask;            // [kGradientKeys][kGradientStride]
+  uint16_t* keep;         // [kGradientKeys][kGradientKeepStride]
+  float* lse;             // [kGradientQueries] in units of log2, +Inf where there is nothing
+  float* delta;           // [kGradientQueries]
+
+  // Lays the arrays out from `base` on; returns the bytes that they take.
+  int64_t lay_out(const AttentionParams& p, char* base) {
+    const int64_t size = whole_lanes(p.head_size), value_size = whole_lanes(p.value_size);
+    constexpr int64_t kScores = kGradientKeys * kGradientStride;
+    int64_t bytes = 0;
+    auto take = [&](auto*& array, int64_t count) {
+      array = static_cast<decltype(&*array)>(static_cast<void*>(base + bytes));
+      bytes += (count * static_cast<int64_t>(sizeof(*array)) + 63) / 64 * 64;
+    };
+    take(scores, kScores);
+    take(grads, kScores);
+    take(pairs, kScores / 2);
+    take(queries, size * kGradientQueries);
+    take(grad_out, value_size * kGradientQueries);
+    take(query_units, size * kGradientQueries);
+    take(value_units, value_size * kGradientQueries);
+    take(key_units, size * kGradientKeys);
+    take(keys, size * kGradientKeys);
+    take(values, value_size * kGradientKeys);
+    take(grad_k, size * kGradientKeys);
+    take(grad_v, value_size * kGradientKeys);
+    take(mask, p.mask_type == MaskType::kNone ? 0 : kScores);
+    take(keep, kGradientKeys * kGradientKeepStride);
+    take(lse, kGradientQueries);
+    take(delta, kGradientQueries);
+    return bytes;
+  }
+};
+
+// Keys and values of a block as left operands.
+template <typename T>
+struct Keys {
+  using Unit = typename UnitOf<T>::type;
+  LeftOperand keys, values;
+
+  Keys(const AttentionParams& p, const Head& h, int64_t n0, int64_t num_keys,
+       const GradientWorkspace& w)
+      : keys(left_operand<Unit>(key_rows<T>(p.k, h, n0, num_keys, p.head_size), w.keys)),
+        values(left_operand<Unit>(key_rows<T>(p.v, h, n0, num_keys, p.value_size), w.values)) {}
+};
+
+// True where some weight may be exactly zero, so that NaN and Inf have to be kept from spreading.
+inline bool may_hide(const AttentionParams& p) {
+  return p.threshold != 0 || p.mask_type != MaskType::kNone || p.left < kFar || p.right < kFar;
+}
+
+template <typename T>
+struct Gradients {
+  using Unit = typename UnitOf<T>::type;
+  const AttentionBackwardParams& params;
+  const Head& h;
+  const ScoreRule& rule;
+  const ScoreDropout& dropout;
+  const GradientWorkspace& w;
+
+  // Raw scores and gradients of weights, and what else weigh() reads.
+  void products(const Block& b, const Keys<T>& keys) const {
+    const AttentionParams& p = params.forward;
+    pack_transposed<Unit>(query_rows<T>(p.q, h, b.m0, b.num_queries, p.head_size), w.queries,
+                          kGradientQueries);
+    pack_transposed<Unit>(query_rows<T>(params.grad_out, h, b.m0, b.num_queries, p.value_size),
+                          w.grad_out, kGradientQueries);
+    auto extent = [&](int64_t num_units) {
+      return [&, num_units](int64_t row, int64_t end) -> Extent {
+        const Range vectors = visible_vectors(h, b, row, end);
+        return {vectors.first, vectors.end, 0, num_units};
+      };
+    };
+    multiply<Unit, false>(keys.keys, {w.queries, kGradientQueries},
+                          {w.scores, kGradientStride, false}, b.num_keys, b.num_vectors(),
+                          extent(units_of<Unit>(p.head_size)));
+    multiply<Unit, false>(keys.values, {w.grad_out, kGradientQueries},
+                          {w.grads, kGradientStride, false}, b.num_keys, b.num_vectors(),
+                          extent(units_of<Unit>(p.value_size)));
+    load_mask_tile(p, h, b, w.mask, kGradientStride);
+    if (dropout.threshold != 0) draw_keep_bits(dropout, p, h, b, w.keep, kGradientKeepStride);
+    const int64_t row = row_index(p, h, b.m0);
+    for (int64_t m = 0; m < kGradientQueries; ++m) {
+      const float lse = m < b.num_queries ? p.lse[row + m] : -kInfinity;
+      w.lse[m] = lse == -kInfinity ? kInfinity : lse * kLog2E;
+      w.delta[m] = m < b.num_queries ? params.delta[row + m] : 0.0f;
+    }
+  }
+
+  // One vector of scores: the weight after dropout, its gradient with respect to the score, and
+  // that with respect to the raw product (times the scale).
+  struct Values {
+    Lanes weight, grad_score, grad_raw;
+  };
+
+  template <bool kPlain>
+  PYFAST_ALWAYS_INLINE Values values(const Block& b, int64_t n, int64_t query, bool is_edge,
+                                     Lanes factor) const {
+    const int64_t at = n * kGradientStride + query;
+    const Lanes zero = Lanes::broadcast(0.0f);
+    Lanes s = Lanes::load(w.scores + at), grad = Lanes::load(w.grads + at);
+    Lanes derivative = Lanes::broadcast(1.0f);
+    if constexpr (!kPlain) {
+      if (rule.is_modified) {
+        const Lanes bias = rule.has_mask ? Lanes::load(w.mask + at) : s;
+        s = score(rule, s, distances(h, b, n, query), bias, &derivative);
+      }
+    }
+    Lanes p = power_of_two<UnitOf<T>::kExpDegree>(
+        fused(s, factor, zero - Lanes::load(w.lse + query)));
+    if (is_edge) p = select(visible_bits(h, b, n, query), p, zero);
+    Lanes kept = p;
+    if constexpr (!kPlain) {
+      if (dropout.threshold != 0) {
+        const uint32_t bits = keep_lanes(w.keep + n * kGradientKeepStride, query);
+        kept = select(bits, p, zero);
+        grad = select(bits, grad * Lanes::broadcast(dropout.scale), zero);
+      }
+    }
+    const Lanes product = p * (grad - Lanes::load(w.delta + query));
+    const Lanes grad_score = select(nonzero(p), product, zero);
+    return {kept, grad_score, grad_score * derivative};
+  }
+
+  // True where kPlain serves the block.
+  bool is_plain() const { return !rule.is_modified && dropout.threshold == 0; }
+
+  Lanes factor() const {
+    return Lanes::broadcast(rule.is_modified ? 1.0f : rule.scale * kLog2E);
+  }
+
+  // Puts weights and gradients in place of scores and gradients of weights, as units.
+  void weigh(const Block& b) const {
+    if (is_plain()) return weigh_rows<true>(b);
+    weigh_rows<false>(b);
+  }
+
+  template <bool kPlain>
+  void weigh_rows(const Block& b) const {
+    const Lanes f = factor(), zero = Lanes::broadcast(0.0f);
+    const bool has_edges = h.left < kFar || h.right < kFar;
+    constexpr int kRows = Unit::kElements;
+    for (int64_t n = 0; n < b.num_keys; n += kRows) {
+      const int64_t end_row = minimum_of(n + kRows, b.num_keys);
+      const Range seen = visible_vectors(h, b, n, end_row);
+      for (int64_t v = 0; v < b.num_vectors(); ++v) {
+        const int64_t query = v * kLanes;
+        Values values_[kRows];
+        for (int64_t r = 0; r < kRows; ++r) {
+          values_[r] = v >= seen.first && v < seen.end && n + r < b.num_keys
+                           ? values<kPlain>(b, n + r, query, has_edges, f)
+                           : Values{zero, zero, zero};
+        }
+        store<kRows>(values_, n, query);
+      }
+    }
+  }
+
+  template <int kRows>
+  PYFAST_ALWAYS_INLINE void store(const Values* values_, int64_t n, int64_t query) const {
+    if constexpr (kRows == 1) {
+      values_[0].weight.store(w.scores + n * kGradientStride + query);
+      values_[0].grad_raw.store(w.grads + n * kGradientStride + query);
+    }
+#if defined(__AVX512BF16__)
+    if constexpr (kRows == 2) {
+      for (int r = 0; r < 2; ++r) {
+        BFloat16* const weights = reinterpret_cast<BFloat16*>(w.scores + (n + r) * kGradientStride);
+        BFloat16* const grads = reinterpret_cast<BFloat16*>(w.grads + (n + r) * kGradientStride);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + query),
+                            (__m256i)_mm512_cvtneps_pbh(values_[r].weight.v));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(grads + query),
+                            (__m256i)_mm512_cvtneps_pbh(values_[r].grad_raw.v));
+      }
+      store_pairs(values_[0].grad_raw, values_[1].grad_raw,
+                  w.pairs + n / 2 * kGradientStride + query);
+    }
+#endif
+  }
+};
+
+}  // namespace pyfast::PYFAST_ISA

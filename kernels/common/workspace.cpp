@@ -1,0 +1,27 @@
+#include "workspace.h"
+
+#include <cstdlib>
+
+namespace pyfast {
+namespace {
+
+struct Block {
+  void* data = nullptr;
+  int64_t bytes = 0;
+  ~Block() { std::free(data); }
+};
+
+}  // namespace
+
+void* thread_workspace(int64_t bytes) {
+  static thread_local Block block;
+  if (block.bytes < bytes) {
+    std::free(block.data);
+    const int64_t rounded = (bytes + 4095) / 4096 * 4096;
+    block.data = std::aligned_alloc(4096, static_cast<size_t>(rounded));
+    block.bytes = block.data == nullptr ? 0 : rounded;
+  }
+  return block.data;
+}
+
+}  // namespace pyfast
