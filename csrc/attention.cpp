@@ -176,7 +176,10 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
             holders.lengths);
   }
   if (lse.num_elements() == 0) return;
-  run_cpu_kernel(p, num_threads, attention_cpu_table);
+  if (!is_decode(p) || p.batch == 0) return run_cpu_kernel(p, num_threads, attention_cpu_table);
+  const ScratchBlock block(decode_scratch_size(p) * static_cast<int64_t>(sizeof(float)));
+  p.scratch = static_cast<float*>(block.data());
+  run_cpu_kernel(p, num_threads, attention_decode_cpu_table);
 }
 
 void attention_backward(const Tensor& grad_out, const Tensor& grad_lse, const Tensor& q,

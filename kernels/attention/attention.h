@@ -55,7 +55,7 @@ struct AttentionParams {
   int64_t left, right;  // kFar for no bound
   bool bottom_right;
 
-  float* scratch;  // attention_scratch_size floats
+  float* scratch;  // of decode: decode_scratch_size floats
 };
 
 constexpr int64_t kFar = int64_t{1} << 40;
@@ -95,26 +95,34 @@ inline int64_t attention_backward_scratch_size(const AttentionParams& p) {
   return chunks == 1 ? 0 : chunks * p.batch * p.heads * p.num_queries * padded_size(p.head_size);
 }
 
-// A few queries over many keys: splits of the keys, each with its own softmax, then combined.
-constexpr int64_t kMaxDecodeRows = 16;  // queries that share a key head
+// A few queries over many keys: bound by the bytes of keys and values. The queries that share a key
+// head are rows that read its keys together, and the keys are cut into splits, each with its own
+// softmax, that are combined at the end. Where there are heads enough, more rows than kFewRows are
+// blocks of queries as any other.
+constexpr int64_t kFewRows = 16;
+constexpr int64_t kMaxDecodeRows = 64;
 constexpr int64_t kMinSplitKeys = 256;
 
+inline int64_t decode_rows(const AttentionParams& p) {
+  return p.heads / p.key_heads * p.num_queries;
+}
+
 inline bool is_decode(const AttentionParams& p) {
-  return p.key_heads > 0 && p.cu_seqlens_q == nullptr && p.threshold == 0 &&
-         p.heads / p.key_heads * p.num_queries <= kMaxDecodeRows &&
-         p.mask_type == MaskType::kNone;
+  if (p.key_heads == 0 || p.cu_seqlens_q != nullptr || p.threshold != 0) return false;
+  if (p.mask_type != MaskType::kNone) return false;
+  const int64_t rows = decode_rows(p);
+  return rows <= kFewRows ||
+         (p.num_queries <= 8 && rows <= kMaxDecodeRows && p.batch * p.heads < 32);
 }
 
 inline int64_t num_splits(const AttentionParams& p) {
-  const int64_t heads = p.batch * p.key_heads;
-  if (heads == 0) return 1;
-  const int64_t wanted = (kEnoughPieces + heads - 1) / heads;
+  const int64_t wanted = (kEnoughPieces + p.batch * p.key_heads - 1) / (p.batch * p.key_heads);
   const int64_t most = p.num_keys / kMinSplitKeys;
   return wanted < most ? wanted : (most > 1 ? most : 1);
 }
 
-inline int64_t attention_scratch_size(const AttentionParams& p) {
-  if (!is_decode(p)) return 0;
+// Floats: sum, maximum and sum of values of every row and split.
+inline int64_t decode_scratch_size(const AttentionParams& p) {
   return p.batch * p.heads * p.num_queries * num_splits(p) * (padded_size(p.value_size) + 2);
 }
 
