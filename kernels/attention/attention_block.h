@@ -121,6 +121,13 @@ inline Range visible_vectors(const Head& h, const Block& b, int64_t row, int64_t
   const int64_t end = minimum_of(b.num_queries, h.end_seeing_query(b.n0 + end_row - 1) - b.m0);
   return {first / kLanes, end <= first ? first / kLanes : (end + kLanes - 1) / kLanes};
 }
+// The vectors of which all lanes see all of these keys; lanes behind the last query see anything.
+inline Range whole_vectors(const Head& h, const Block& b, int64_t row, int64_t end_row) {
+  const int64_t first =
+      maximum_of<int64_t>(0, h.first_seeing_query(b.n0 + end_row - 1) - b.m0 + kLanes - 1);
+  const int64_t end = h.end_seeing_query(b.n0 + row);
+  return {first / kLanes, end == h.num_queries ? b.num_vectors() : (end - b.m0) / kLanes};
+}
 // The keys of the block that one of its queries [query, end_query) sees.
 inline Range visible_rows(const Head& h, const Block& b, int64_t query, int64_t end_query) {
   const int64_t last = minimum_of(b.num_queries, end_query) - 1;

@@ -27,7 +27,7 @@ struct GradientWorkspace {
   float* grad_v;          // [kGradientKeys][padded value size]
   float* mask;            // [kGradientKeys][kGradientStride]
   uint16_t* keep;         // [kGradientKeys][kGradientKeepStride]
-  float* lse;             // [kGradientQueries] in units of log2, +Inf where there is nothing
+  float* negative_lse;    // [kGradientQueries] in units of log2, -Inf where there is nothing
   float* delta;           // [kGradientQueries]
 
   // Lays the arrays out from `base` on; returns the bytes that they take.
@@ -53,7 +53,7 @@ struct GradientWorkspace {
     take(grad_v, value_size * kGradientKeys);
     take(mask, p.mask_type == MaskType::kNone ? 0 : kScores);
     take(keep, kGradientKeys * kGradientKeepStride);
-    take(lse, kGradientQueries);
+    take(negative_lse, kGradientQueries);
     take(delta, kGradientQueries);
     return bytes;
   }
@@ -109,7 +109,7 @@ struct Gradients {
     const int64_t row = row_index(p, h, b.m0);
     for (int64_t m = 0; m < kGradientQueries; ++m) {
       const float lse = m < b.num_queries ? p.lse[row + m] : -kInfinity;
-      w.lse[m] = lse == -kInfinity ? kInfinity : lse * kLog2E;
+      w.negative_lse[m] = lse == -kInfinity ? -kInfinity : -lse * kLog2E;
       w.delta[m] = m < b.num_queries ? params.delta[row + m] : 0.0f;
     }
   }
@@ -134,7 +134,7 @@ struct Gradients {
       }
     }
     Lanes p = power_of_two<UnitOf<T>::kExpDegree>(
-        fused(s, factor, zero - Lanes::load(w.lse + query)));
+        fused(s, factor, Lanes::load(w.negative_lse + query)));
     if (is_edge) p = select(visible_bits(h, b, n, query), p, zero);
     Lanes kept = p;
     if constexpr (!kPlain) {
@@ -144,12 +144,13 @@ struct Gradients {
         grad = select(bits, grad * Lanes::broadcast(dropout.scale), zero);
       }
     }
-    const Lanes product = p * (grad - Lanes::load(w.delta + query));
-    const Lanes grad_score = select(nonzero(p), product, zero);
+    Lanes grad_score = p * (grad - Lanes::load(w.delta + query));
+    // Zero times what a hidden value has made NaN.
+    if (!kPlain || is_edge) grad_score = select(nonzero(p), grad_score, zero);
     return {kept, grad_score, grad_score * derivative};
   }
 
-  // True where kPlain serves the block.
+  // True where kPlain serves the block: what hides values elsewhere is an edge.
   bool is_plain() const { return !rule.is_modified && dropout.threshold == 0; }
 
   Lanes factor() const {
@@ -165,45 +166,51 @@ struct Gradients {
   template <bool kPlain>
   void weigh_rows(const Block& b) const {
     const Lanes f = factor(), zero = Lanes::broadcast(0.0f);
-    const bool has_edges = h.left < kFar || h.right < kFar;
-    constexpr int kRows = Unit::kElements;
+    constexpr int kRows = Unit::kElements, kVectors = Unit::kElements;
     for (int64_t n = 0; n < b.num_keys; n += kRows) {
-      const int64_t end_row = minimum_of(n + kRows, b.num_keys);
-      const Range seen = visible_vectors(h, b, n, end_row);
-      for (int64_t v = 0; v < b.num_vectors(); ++v) {
-        const int64_t query = v * kLanes;
-        Values values_[kRows];
-        for (int64_t r = 0; r < kRows; ++r) {
-          values_[r] = v >= seen.first && v < seen.end && n + r < b.num_keys
-                           ? values<kPlain>(b, n + r, query, has_edges, f)
-                           : Values{zero, zero, zero};
+      const int64_t num_rows = minimum_of<int64_t>(kRows, b.num_keys - n);
+      const Range seen = visible_vectors(h, b, n, n + num_rows);
+      const Range whole = whole_vectors(h, b, n, n + num_rows);
+      for (int64_t v = 0; v < b.num_vectors(); v += kVectors) {
+        Values values_[kRows][kVectors];
+        for (int r = 0; r < kRows; ++r) {
+          for (int i = 0; i < kVectors; ++i) {
+            const int64_t query = (v + i) * kLanes;
+            if (r >= num_rows || v + i < seen.first || v + i >= seen.end) {
+              values_[r][i] = {zero, zero, zero};
+            } else if (v + i >= whole.first && v + i < whole.end) {
+              values_[r][i] = values<kPlain>(b, n + r, query, false, f);
+            } else {
+              values_[r][i] = values<kPlain>(b, n + r, query, true, f);
+            }
+          }
         }
-        store<kRows>(values_, n, query);
+        store(values_, n, v * kLanes);
       }
     }
   }
 
-  template <int kRows>
-  PYFAST_ALWAYS_INLINE void store(const Values* values_, int64_t n, int64_t query) const {
-    if constexpr (kRows == 1) {
-      values_[0].weight.store(w.scores + n * kGradientStride + query);
-      values_[0].grad_raw.store(w.grads + n * kGradientStride + query);
-    }
-#if defined(__AVX512BF16__)
-    if constexpr (kRows == 2) {
-      for (int r = 0; r < 2; ++r) {
-        BFloat16* const weights = reinterpret_cast<BFloat16*>(w.scores + (n + r) * kGradientStride);
-        BFloat16* const grads = reinterpret_cast<BFloat16*>(w.grads + (n + r) * kGradientStride);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + query),
-                            (__m256i)_mm512_cvtneps_pbh(values_[r].weight.v));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(grads + query),
-                            (__m256i)_mm512_cvtneps_pbh(values_[r].grad_raw.v));
-      }
-      store_pairs(values_[0].grad_raw, values_[1].grad_raw,
-                  w.pairs + n / 2 * kGradientStride + query);
-    }
-#endif
+  PYFAST_ALWAYS_INLINE void store(const Values (*values_)[1], int64_t n, int64_t query) const {
+    values_[0][0].weight.store(w.scores + n * kGradientStride + query);
+    values_[0][0].grad_raw.store(w.grads + n * kGradientStride + query);
   }
+#if defined(__AVX512BF16__)
+  // Two keys by 32 queries: pairs along queries, and those of the gradients along keys too.
+  PYFAST_ALWAYS_INLINE void store(const Values (*values_)[2], int64_t n, int64_t query) const {
+    __m512i grads[2];
+    for (int r = 0; r < 2; ++r) {
+      const Values& low = values_[r][0];
+      const Values& high = values_[r][1];
+      float* const row = w.scores + (n + r) * kGradientStride;
+      _mm512_storeu_si512(reinterpret_cast<BFloat16*>(row) + query,
+                          (__m512i)_mm512_cvtne2ps_pbh(high.weight.v, low.weight.v));
+      grads[r] = (__m512i)_mm512_cvtne2ps_pbh(high.grad_raw.v, low.grad_raw.v);
+      float* const grad_row = w.grads + (n + r) * kGradientStride;
+      _mm512_storeu_si512(reinterpret_cast<BFloat16*>(grad_row) + query, grads[r]);
+    }
+    store_interleaved(grads[0], grads[1], w.pairs + n / 2 * kGradientStride + query);
+  }
+#endif
 };
 
 }  // namespace pyfast::PYFAST_ISA

@@ -170,19 +170,21 @@ PYFAST_ALWAYS_INLINE void store_pairs(Lanes even, Lanes odd, uint32_t* to) {
 #endif
 
 #if defined(__AVX512BF16__)
-// Two rows as pairs; the second may be null.
-inline void interleave(const BFloat16* even, const BFloat16* odd, int64_t size, uint32_t* to,
-                       int64_t stride) {
+// 32 elements of two rows as pairs.
+PYFAST_ALWAYS_INLINE void store_interleaved(__m512i even, __m512i odd, uint32_t* to) {
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
                                        39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, low, odd));
+  _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(even, high, odd));
+}
+// Two rows as pairs; the second may be null.
+inline void interleave(const BFloat16* even, const BFloat16* odd, int64_t size, uint32_t* to,
+                       int64_t stride) {
   for (int64_t j = 0; j < stride; j += 32) {
     const __m512i a = load_bits(even + j, size - j);
     const __m512i b = odd == nullptr ? _mm512_setzero_si512() : load_bits(odd + j, size - j);
-    _mm512_storeu_si512(to + j, _mm512_permutex2var_epi16(a, low, b));
-    if (j + 16 < stride) {
-      _mm512_storeu_si512(to + j + 16, _mm512_permutex2var_epi16(a, high, b));
-    }
+    store_interleaved(a, b, to + j);
   }
 }
 #endif
