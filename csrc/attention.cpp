@@ -1,5 +1,5 @@
-// q, k, v, out and their gradients are (batch, heads, length, size) with any strides but in the last
-// dimension.
+// q, k, v, out and their gradients are (batch, heads, length, size) with any strides but in the
+// last dimension.
 #include "../kernels/attention/attention.h"
 
 #include "bindings.h"
@@ -42,8 +42,7 @@ const float* float_array(const char* argument, py::handle object, Tensor* holder
 const int64_t* int64_array(const char* argument, py::handle object, Tensor* holder, int64_t size) {
   if (object.is_none()) return nullptr;
   require(holder->assign(object) && holder->is_cpu() && holder->is_contiguous() &&
-              holder->has_type(dlpack::kInt, 64) &&
-              (size < 0 || holder->num_elements() == size),
+              holder->has_type(dlpack::kInt, 64) && (size < 0 || holder->num_elements() == size),
           argument, "a contiguous int64 tensor of the size that goes with the others", *holder);
   return static_cast<const int64_t*>(holder->data());
 }
@@ -167,8 +166,8 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   const bool is_int8 = p.k_scale.data != nullptr;
   require(is_int8 == (p.v_scale.data != nullptr), "v_scale", "given with k_scale", v);
   for (const Tensor* t : {&k, &v}) {
-    require(is_int8 ? t->has_type(dlpack::kInt, 8) : t->dtype("attention: k") == p.dtype,
-            "k and v", is_int8 ? "int8 where there are scales" : "of q's dtype", *t);
+    require(is_int8 ? t->has_type(dlpack::kInt, 8) : t->dtype("attention: k") == p.dtype, "k and v",
+            is_int8 ? "int8 where there are scales" : "of q's dtype", *t);
   }
   p.lengths = int64_array("lengths", lengths, &holders.lengths, p.batch);
   for (int64_t b = 0; p.lengths != nullptr && b < p.batch; ++b) {
@@ -215,8 +214,8 @@ void attention_backward(const Tensor& grad_out, const Tensor& grad_lse, const Te
   params.delta = static_cast<float*>(delta.data());
   Tensor mask_tensor;
   if (!grad_mask.is_none()) {
-    params.grad_mask = const_cast<float*>(float_array("grad_mask", grad_mask, &mask_tensor,
-                                                      holders.mask.num_elements()));
+    params.grad_mask = const_cast<float*>(
+        float_array("grad_mask", grad_mask, &mask_tensor, holders.mask.num_elements()));
     for (int d = 0; d < 4; ++d) params.grad_mask_size[d] = holders.mask.size(d);
   }
   const int64_t scratch = attention_backward_scratch_size(p);

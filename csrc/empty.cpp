@@ -99,8 +99,8 @@ py::object make(const Tensor& like, std::vector<int64_t> shape, std::vector<int6
   auto output = std::make_unique<Output>();
   dlpack::Tensor& tensor = output->managed.tensor;
   tensor = like.view();
-  void* block = pool().take(static_cast<size_t>(num_elements) * tensor.dtype.bits / 8,
-                            &output->block_bytes);
+  void* block =
+      pool().take(static_cast<size_t>(num_elements) * tensor.dtype.bits / 8, &output->block_bytes);
   if (block == nullptr) return py::none();
   output->shape = std::move(shape);
   output->strides = std::move(strides);

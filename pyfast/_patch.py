@@ -22,6 +22,9 @@ _REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.Dropout3d: nn.Dropout3d,
     torch.nn.AlphaDropout: nn.AlphaDropout,
     torch.nn.FeatureAlphaDropout: nn.FeatureAlphaDropout,
+    torch.nn.MultiheadAttention: nn.MultiheadAttention,
+    torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
+    torch.nn.TransformerDecoderLayer: nn.TransformerDecoderLayer,
 }
 _OURS = frozenset(_REPLACEMENTS.values())
 
@@ -135,10 +138,6 @@ def _why_skipped(module: torch.nn.Module) -> str | None:
     for known in _REPLACEMENTS:
         if isinstance(module, known):
             return f"a subclass of {known.__name__}: its forward may differ"
-    if isinstance(module, torch.nn.MultiheadAttention) and module.dropout > 0:
-        return (
-            "its dropout is inside scaled_dot_product_attention, which pyfast does not replace yet"
-        )
     return None
 
 
@@ -146,9 +145,12 @@ def patch(model: torch.nn.Module, dry_run: bool = False) -> PatchReport:
     """Make a model use pyfast: swap the modules that pyfast replaces, in place.
 
     What is replaced, by pyfast.nn's class of the same name: ``torch.nn.Dropout``, ``Dropout1d``,
-    ``Dropout2d``, ``Dropout3d``, ``AlphaDropout`` and ``FeatureAlphaDropout``. Evaluation gives
-    the same numbers as before. In training the masks are other ones of the same distribution; see
-    :func:`pyfast.nn.functional.dropout` for the differences.
+    ``Dropout2d``, ``Dropout3d``, ``AlphaDropout``, ``FeatureAlphaDropout``, ``MultiheadAttention``,
+    ``TransformerEncoderLayer`` and ``TransformerDecoderLayer``; ``torch.nn.Transformer``,
+    ``TransformerEncoder`` and ``TransformerDecoder`` stay, with their layers replaced. Evaluation
+    gives the same numbers as before: dropout to the bit, attention up to rounding. In training the
+    masks are other ones of the same distribution; see :func:`pyfast.nn.functional.dropout` and
+    :func:`pyfast.nn.functional.multi_head_attention_forward` for the differences.
 
     What stays: every module object (the root too, so nothing needs to be reassigned), its hooks,
     training flag, parameters and buffers, the ``state_dict``, shared modules, and optimizers made
@@ -157,10 +159,9 @@ def patch(model: torch.nn.Module, dry_run: bool = False) -> PatchReport:
     does not matter, and may be the meta device.
 
     What is left alone, and reported with the reason: subclasses of these classes, modules whose
-    ``forward`` is overridden on the instance, modules that are pyfast's already, ScriptModules
-    with all that is in them, and ``torch.nn.MultiheadAttention`` with ``dropout > 0``, whose
-    dropout is a number and not a module. Modules of other types are not listed. Dropout that a
-    ``forward`` calls as a function is not seen.
+    ``forward`` is overridden on the instance, modules that are pyfast's already, and ScriptModules
+    with all that is in them. Modules of other types are not listed. Attention and dropout that a
+    ``forward`` calls as functions are not seen.
 
     Args:
         model: the model; swapped itself if it is an instance of one of these classes.

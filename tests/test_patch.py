@@ -114,7 +114,7 @@ def test_parameters_buffers_and_state_dict_are_kept() -> None:
 def test_shared_module_is_one_entry_with_all_paths() -> None:
     model = Model()
     report = pyfast.patch(model)
-    assert [entry.path for entry in report.swapped] == ["dropout, again", "inner.1"]
+    assert [entry.path for entry in report.swapped] == ["dropout, again", "inner.1", "attention"]
     assert model.dropout is model.again
     assert type(model.dropout) is pyfast.nn.Dropout
 
@@ -170,14 +170,13 @@ def test_forward_override_is_skipped() -> None:
     assert torch.equal(model[0](torch.ones(3)), torch.full((3,), 2.0))
 
 
-def test_attention_is_reported_only_with_dropout() -> None:
-    model = nn.ModuleList([nn.MultiheadAttention(8, 2, dropout=p) for p in (0.0, 0.1)])
-    (entry,) = pyfast.patch(model)
-    assert (entry.path, entry.target) == ("1", None)
-    assert entry.reason == (
-        "its dropout is inside scaled_dot_product_attention, which pyfast does not replace yet"
-    )
-    assert type(model[1]) is nn.MultiheadAttention
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_attention_is_swapped(dropout: float) -> None:
+    module = nn.MultiheadAttention(8, 2, dropout=dropout)
+    projection = module.out_proj
+    (entry,) = pyfast.patch(module)
+    assert entry.target is type(module) is pyfast.nn.MultiheadAttention
+    assert module.out_proj is projection and module.dropout == dropout
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -215,7 +214,7 @@ def test_undo_restores_every_class() -> None:
     model = nn.Sequential(*(getattr(nn, name)() for name in NAMES), Noisy(), Model())
     before = classes(model)
     report = pyfast.patch(model)
-    assert len(report.swapped) == len(NAMES) + 2
+    assert len(report.swapped) == len(NAMES) + 3
     report.undo()
     assert classes(model) == before
     report.undo()
@@ -274,8 +273,8 @@ def make_layer(dropout: float) -> nn.TransformerEncoderLayer:
 def test_encoder_layer_children_are_swapped() -> None:
     layer = make_layer(0.1)
     report = pyfast.patch(layer)
-    assert [entry.path for entry in report.swapped] == ["dropout", "dropout1", "dropout2"]
-    assert [entry.path for entry in report.skipped] == ["self_attn"]
+    names = ["(root)", "self_attn", "dropout", "dropout1", "dropout2"]
+    assert [entry.path for entry in report.swapped] == names and not report.skipped
     assert layer(torch.randn(2, 5, 16)).isfinite().all()
 
 
@@ -285,14 +284,14 @@ def test_encoder_layer_eval_output_is_unchanged(fast_path: bool) -> None:
     with torch.set_grad_enabled(not fast_path):
         before = layer(x)
         pyfast.patch(layer)
-        assert torch.equal(layer(x), before)
+        torch.testing.assert_close(layer(x), before)
 
 
 def test_encoder_layer_train_output_without_dropout_is_unchanged() -> None:
     layer, x = make_layer(0.0), torch.randn(2, 5, 16)
     before = layer(x)
-    assert len(pyfast.patch(layer).swapped) == 3
-    assert torch.equal(layer(x), before)
+    assert len(pyfast.patch(layer).swapped) == 5
+    torch.testing.assert_close(layer(x), before)
 
 
 def test_encoder_layer_train_output_has_pyfast_masks() -> None:
@@ -364,7 +363,7 @@ def test_report_text() -> None:
 
 def test_report_names_torch_classes_as_users_do() -> None:
     text = str(pyfast.patch(nn.MultiheadAttention(8, 2, dropout=0.1)))
-    assert "(root)  torch.nn.MultiheadAttention  its dropout" in text
+    assert "(root)  torch.nn.MultiheadAttention  pyfast.nn.MultiheadAttention" in text
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-// Scaled dot-product attention on the CPU: parameters of the forward pass, of the backward pass, and
-// of both with a few queries over a cache. attention_reference.py states what is computed.
+// Scaled dot-product attention on the CPU: parameters of the forward pass, of the backward pass,
+// and of both with a few queries over a cache. attention_reference.py states what is computed.
 #pragma once
 
 #include <cstdint>
@@ -74,8 +74,8 @@ struct AttentionBackwardParams {
 };
 
 // Keys are cut into chunks that are worked on independently, each with its own sum for grad_q:
-// enough pieces for many cores, each of at least kMinChunkKeys. Depends on shapes alone, so that the
-// result does not depend on the number of threads.
+// enough pieces for many cores, each of at least kMinChunkKeys. Depends on shapes alone, so that
+// the result does not depend on the number of threads.
 constexpr int64_t kMinChunkKeys = 512;
 constexpr int64_t kEnoughPieces = 64;
 

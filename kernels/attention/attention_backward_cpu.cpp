@@ -1,8 +1,8 @@
 // Flash attention, backward. A piece of work is a chunk of the keys of one key head; it walks over
 // blocks of 256 keys, keeps their gradients, and for each over the queries that see them in blocks
 // of 128: two products recompute weights and their gradients, two add to the gradients of keys and
-// values, one to that of the queries, which is summed in float for each chunk and over the chunks at
-// the end. Bound by arithmetic: 10 * E flops a visible score. Nothing depends on the threads.
+// values, one to that of the queries, which is summed in float for each chunk and over the chunks
+// at the end. Bound by arithmetic: 10 * E flops a visible score. Nothing depends on the threads.
 #include "../common/parallel.h"
 #include "../common/workspace.h"
 #include "attention.h"

@@ -12,7 +12,6 @@ namespace pyfast::PYFAST_ISA {
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504089f;
-constexpr float kLn2 = 0.69314718056f;
 
 template <typename A>
 constexpr A minimum_of(A a, A b) {
@@ -121,12 +120,11 @@ inline Range visible_vectors(const Head& h, const Block& b, int64_t row, int64_t
   const int64_t end = minimum_of(b.num_queries, h.end_seeing_query(b.n0 + end_row - 1) - b.m0);
   return {first / kLanes, end <= first ? first / kLanes : (end + kLanes - 1) / kLanes};
 }
-// The vectors of which all lanes see all of these keys; lanes behind the last query see anything.
+// The vectors of which all lanes are queries that see all of these keys.
 inline Range whole_vectors(const Head& h, const Block& b, int64_t row, int64_t end_row) {
   const int64_t first =
       maximum_of<int64_t>(0, h.first_seeing_query(b.n0 + end_row - 1) - b.m0 + kLanes - 1);
-  const int64_t end = h.end_seeing_query(b.n0 + row);
-  return {first / kLanes, end == h.num_queries ? b.num_vectors() : (end - b.m0) / kLanes};
+  return {first / kLanes, (h.end_seeing_query(b.n0 + row) - b.m0) / kLanes};
 }
 // The keys of the block that one of its queries [query, end_query) sees.
 inline Range visible_rows(const Head& h, const Block& b, int64_t query, int64_t end_query) {
@@ -162,18 +160,22 @@ struct ScoreRule {
   bool has_mask;
   // True where scores are more than `scale` times the product: each is then computed by score().
   bool is_modified;
+
+  // What a difference of two scores, as they are in memory, is in units of log2.
+  float log2_factor() const { return is_modified ? kLog2E : scale * kLog2E; }
 };
 
 inline ScoreRule score_rule(const AttentionParams& p, const Head& h) {
-  ScoreRule rule = {p.scale, p.softcap, h.slope, p.alibi_slopes != nullptr,
-                    p.mask_type != MaskType::kNone, false};
+  ScoreRule rule = {
+      p.scale, p.softcap, h.slope, p.alibi_slopes != nullptr, p.mask_type != MaskType::kNone,
+      false};
   const bool ordinary = p.scale > 0.0f && p.scale < kInfinity;
   rule.is_modified = !ordinary || rule.softcap > 0.0f || rule.has_slopes || rule.has_mask ||
-                     p.k_scale.data != nullptr;
+                     p.sinks != nullptr || p.k_scale.data != nullptr;
   return rule;
 }
 
-// Scores in units of log2: the raw product scaled, capped, biased and masked. `derivative` is that
+// The raw product scaled, capped, biased and masked. `derivative` is that
 // of the cap. `bias` is the additive mask.
 PYFAST_ALWAYS_INLINE Lanes score(const ScoreRule& rule, Lanes raw, Lanes distance, Lanes bias,
                                  Lanes* derivative) {
@@ -188,12 +190,13 @@ PYFAST_ALWAYS_INLINE Lanes score(const ScoreRule& rule, Lanes raw, Lanes distanc
     const Lanes hidden = Lanes::broadcast(-kInfinity);
     s = select(equal(bias, hidden), hidden, s + bias);
   }
-  return s * Lanes::broadcast(kLog2E);
+  return s;
 }
 
 // i' - j of the lanes.
 PYFAST_ALWAYS_INLINE Lanes distances(const Head& h, const Block& b, int64_t row, int64_t query) {
-  alignas(64) static const float kSteps[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  alignas(64) static const float kSteps[16] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                               8, 9, 10, 11, 12, 13, 14, 15};
   const int64_t first = b.m0 + query + h.offset - b.n0 - row;
   return Lanes::load(kSteps) + Lanes::broadcast(static_cast<float>(first));
 }

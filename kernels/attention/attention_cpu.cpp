@@ -1,11 +1,11 @@
 // Flash attention, forward. A piece of work is a block of 128 queries of one head, which walks over
-// the keys it sees in blocks of 512: products, running softmax, and the sum over values, whose row is
-// scaled down when the maximum rises. Bound by arithmetic: 4 * E flops a visible score. Measured on
-// Zen 4: the products run at 85 to 95 % of the multiply-add ceiling, the exponentials take a tenth.
-#include "attention.h"
-
+// the keys it sees in blocks of 512: products, running softmax, and the sum over values, whose row
+// is scaled down when the maximum rises. Bound by arithmetic: 4 * E flops a visible score. Measured
+// on Zen 4: the products run at 85 to 95 % of the multiply-add ceiling, the exponentials take a
+// tenth.
 #include "../common/parallel.h"
 #include "../common/workspace.h"
+#include "attention.h"
 #include "attention_block.h"
 
 namespace pyfast::PYFAST_ISA {
@@ -26,7 +26,7 @@ struct Workspace {
   float* out;         // [kQueryBlock][padded value size]
   float* mask;        // [kKeyBlock][kScoreStride]
   uint16_t* keep;     // [kKeyBlock][kKeepStride]
-  float* top;         // [kQueryBlock] running maximum, in units of log2
+  float* top;         // [kQueryBlock] running maximum of the scores as they are in memory
   float* sum;         // [kQueryBlock]
   float* shrink;      // [kQueryBlock] what the sums so far are scaled by
 };
@@ -71,8 +71,8 @@ Lanes find_top(const Context& x, const Block& b, int64_t query, Range rows, Rang
       Lanes s = Lanes::load(column + n * kScoreStride);
       if (rule.is_modified) {
         if (x.p.k_scale.data != nullptr) {
-          s = s * Lanes::broadcast(
-                      *row_pointer<float>(x.p.k_scale, x.h.batch, x.h.key_head, b.n0 + n));
+          s = s *
+              Lanes::broadcast(*row_pointer<float>(x.p.k_scale, x.h.batch, x.h.key_head, b.n0 + n));
         }
         Lanes derivative;
         const Lanes bias = rule.has_mask ? Lanes::load(x.w.mask + n * kScoreStride + query) : s;
@@ -114,13 +114,14 @@ Lanes weigh(const Context& x, const Block& b, int64_t query, Range rows, Lanes f
   Lanes sum = zero;
   auto weight = [&](int64_t n) __attribute__((always_inline)) {
     const Lanes s = Lanes::load(column + n * kScoreStride);
-    Lanes weight = power_of_two<kDegree>(fused(s, factor, negative_top));
+    Lanes weight = power_of_two<kDegree>(kPlain ? fused(s, factor, negative_top * factor)
+                                                : (s + negative_top) * factor);
     sum = sum + weight;
     if constexpr (!kPlain) {
       if (drops) weight = select(keep_lanes(x.w.keep + n * kKeepStride, query), weight, zero);
       if (has_scale) {
-        weight = weight * Lanes::broadcast(*row_pointer<float>(x.p.v_scale, x.h.batch,
-                                                               x.h.key_head, b.n0 + n));
+        weight = weight * Lanes::broadcast(
+                              *row_pointer<float>(x.p.v_scale, x.h.batch, x.h.key_head, b.n0 + n));
       }
     }
     return weight;
@@ -154,18 +155,18 @@ Lanes weigh(const Context& x, const Block& b, int64_t query, Range rows, Lanes f
 
 template <typename Unit, int kDegree>
 void softmax(const Context& x, const Block& b) {
-  const Lanes factor = Lanes::broadcast(x.rule.is_modified ? 1.0f : x.rule.scale * kLog2E);
-  const bool plain = x.dropout.threshold == 0 && x.p.v_scale.data == nullptr;
+  const Lanes factor = Lanes::broadcast(x.rule.log2_factor());
+  const bool plain = !x.rule.is_modified && x.dropout.threshold == 0;
   for (int64_t v = 0; v < b.num_vectors(); ++v) {
     const int64_t query = v * kLanes;
     const Range rows = visible_rows(x.h, b, query, query + kLanes);
     const Range inner = fully_visible_rows(x.h, b, query);
     const Lanes old_top = Lanes::load(x.w.top + query);
-    const Lanes top = maximum(find_top(x, b, query, rows, inner) * factor, old_top);
+    const Lanes top = maximum(find_top(x, b, query, rows, inner), old_top);
     // -Inf - -Inf is not a number: a query that has seen nothing counts from zero.
     const Lanes zero = Lanes::broadcast(0.0f);
     const Lanes reached = select(equal(top, Lanes::broadcast(-kInfinity)), zero, top);
-    const Lanes shrink = power_of_two<kExactDegree>(old_top - reached);
+    const Lanes shrink = power_of_two<kExactDegree>((old_top - reached) * factor);
     const Lanes negative = zero - reached;
     const Lanes sum = plain ? weigh<Unit, kDegree, true>(x, b, query, rows, factor, negative)
                             : weigh<Unit, kDegree, false>(x, b, query, rows, factor, negative);
@@ -185,7 +186,7 @@ void attend(const Context& x, int64_t m0, int64_t num_queries) {
   const int64_t num_units = units_of<Unit>(p.head_size);
   const float sink = p.sinks != nullptr ? p.sinks[h.head] : -kInfinity;
   for (int64_t m = 0; m < kQueryBlock; ++m) {
-    w.top[m] = sink * kLog2E;
+    w.top[m] = sink;
     w.sum[m] = sink == -kInfinity ? 0.0f : 1.0f;
   }
   for (int64_t i = 0; i < num_queries * value_columns; ++i) w.out[i] = 0.0f;
@@ -194,12 +195,12 @@ void attend(const Context& x, int64_t m0, int64_t num_queries) {
   const RightOperand queries = {w.queries, kQueryBlock};
   const int64_t first_key = h.first_visible_key(m0) / kGroupKeys * kGroupKeys;
   const int64_t end_key = h.end_visible_key(m0 + num_queries - 1);
-  const bool may_hide = x.dropout.threshold != 0 || x.rule.has_mask || h.left < kFar ||
-                        h.right < kFar;
+  const bool may_hide =
+      x.dropout.threshold != 0 || x.rule.has_mask || h.left < kFar || h.right < kFar;
   for (int64_t n0 = first_key; n0 < end_key; n0 += kKeyBlock) {
     const Block b = {n0, minimum_of(kKeyBlock, end_key - n0), m0, num_queries};
-    const LeftOperand keys = left_operand<Unit>(
-        key_rows<TK>(p.k, h, n0, b.num_keys, p.head_size), w.keys);
+    const LeftOperand keys =
+        left_operand<Unit>(key_rows<TK>(p.k, h, n0, b.num_keys, p.head_size), w.keys);
     multiply<Unit, false>(keys, queries, {w.scores, kScoreStride, false}, b.num_keys,
                           b.num_vectors(), [&](int64_t row, int64_t end) -> Extent {
                             const Range vectors = visible_vectors(h, b, row, end);
@@ -234,6 +235,7 @@ void attend(const Context& x, int64_t m0, int64_t num_queries) {
     add_unsafe<Unit, true>(unsafe, value_rows, weights, out, num_queries);
   }
   const float scale = x.dropout.threshold != 0 ? x.dropout.scale : 1.0f;
+  const float unit = x.rule.is_modified ? 1.0f : x.rule.scale;
   for (int64_t m = 0; m < num_queries; ++m) {
     const float sum = w.sum[m];
     const Lanes factor = Lanes::broadcast(sum == 0.0f ? 0.0f : scale / sum);
@@ -247,7 +249,7 @@ void attend(const Context& x, int64_t m0, int64_t num_queries) {
         value.store(to + j, static_cast<int>(p.value_size - j));
       }
     }
-    p.lse[row_index(p, h, m0 + m)] = sum == 0.0f ? -kInfinity : w.top[m] * kLn2 + logf(sum);
+    p.lse[row_index(p, h, m0 + m)] = sum == 0.0f ? -kInfinity : w.top[m] * unit + logf(sum);
   }
 }
 

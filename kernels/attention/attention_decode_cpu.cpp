@@ -1,369 +1,14 @@
-// Attention of a few queries over many keys. A piece of work is a split of the keys of one key head;
-// in chunks of 128 keys all rows read the keys, then the values, which are fetched ahead. Bound by
-// the bytes of keys and values: no more arithmetic than hides behind them is spent on a row of
-// either. Splits have their own softmax and are combined in order.
+// Attention of a few queries over many keys. A piece of work is a split of the keys of one key
+// head; in chunks of 128 keys all rows read the keys, then the values, which are fetched ahead.
+// Bound by the bytes of keys and values: no more arithmetic than hides behind them is spent on a
+// row of either. Splits have their own softmax and are combined in order.
 #include "../common/parallel.h"
 #include "../common/workspace.h"
 #include "attention.h"
-#include "attention_block.h"
+#include "attention_decode.h"
 
 namespace pyfast::PYFAST_ISA {
 namespace {
-
-constexpr int64_t kChunkKeys = 128;
-constexpr int64_t kRowsAtOnce = 4;
-
-// Scratch of a thread; rows are the queries that share a key head.
-struct Workspace {
-  uint32_t* queries;  // [rows][units]
-  float* scores;      // [rows][kChunkKeys], then weights
-  float* out;         // [rows][padded value size]
-  float* top;         // [rows] running maximum, in units of log2
-  float* sum;         // [rows]
-
-  int64_t lay_out(const AttentionParams& p, char* base) {
-    const int64_t rows = decode_rows(p);
-    int64_t bytes = 0;
-    auto take = [&](auto*& array, int64_t count) {
-      array = static_cast<decltype(&*array)>(static_cast<void*>(base + bytes));
-      bytes += (count * static_cast<int64_t>(sizeof(*array)) + 63) / 64 * 64;
-    };
-    take(queries, rows * whole_lanes(p.head_size));
-    take(scores, rows * kChunkKeys);
-    take(out, rows * whole_lanes(p.value_size));
-    take(top, rows);
-    take(sum, rows);
-    return bytes;
-  }
-};
-
-// Four sums of lanes.
-PYFAST_ALWAYS_INLINE void store_sums(const Lanes* a, float* to) {
-#if defined(__AVX512F__)
-  auto add = [](__m512 x, __m512 y) { return _mm512_add_ps(x, y); };
-  auto as_pd = [](__m512 x) { return _mm512_castps_pd(x); };
-  auto as_ps = [](__m512d x) { return _mm512_castpd_ps(x); };
-  const __m512 s01 = add(_mm512_unpacklo_ps(a[0].v, a[1].v), _mm512_unpackhi_ps(a[0].v, a[1].v));
-  const __m512 s23 = add(_mm512_unpacklo_ps(a[2].v, a[3].v), _mm512_unpackhi_ps(a[2].v, a[3].v));
-  const __m512 s = add(as_ps(_mm512_unpacklo_pd(as_pd(s01), as_pd(s23))),
-                       as_ps(_mm512_unpackhi_pd(as_pd(s01), as_pd(s23))));
-  const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
-  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1)));
-#else
-  for (int i = 0; i < 4; ++i) to[i] = a[i].sum();
-#endif
-}
-
-PYFAST_ALWAYS_INLINE void fetch(const void* from, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) {
-    __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
-  }
-}
-
-// A vector of a key as the unit's operand, and its product with a query.
-template <typename Unit, typename TK>
-PYFAST_ALWAYS_INLINE Lanes load_units(const TK* from, int64_t left) {
-#if defined(__AVX512BF16__)
-  if constexpr (Unit::kElements == 2) {
-    return {_mm512_castsi512_ps(load_bits(from, left))};
-  }
-#endif
-  if constexpr (Unit::kElements == 1) return load_lanes_of(from, left);
-}
-template <typename Unit>
-PYFAST_ALWAYS_INLINE Lanes dot_units(Lanes a, Lanes b, Lanes sum) {
-#if defined(__AVX512BF16__)
-  if constexpr (Unit::kElements == 2) {
-    return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_castps_si512(a.v),
-                             (__m512bh)_mm512_castps_si512(b.v))};
-  }
-#endif
-  if constexpr (Unit::kElements == 1) return fused(a, b, sum);
-}
-
-// int8 caches multiply in float.
-template <typename T, typename TK>
-struct DecodeUnit {
-  using type = typename UnitOf<T>::type;
-};
-template <typename T>
-struct DecodeUnit<T, int8_t> {
-  using type = FloatUnit;
-};
-
-template <typename T, typename TK>
-class Decode {
-  using Unit = typename DecodeUnit<T, TK>::type;
-  static constexpr int64_t kStep = kLanes * Unit::kElements;  // elements of a vector of units
-
- public:
-  Decode(const AttentionParams& p, const Head& first, const Workspace& w)
-      : p_(p),
-        first_(first),
-        w_(w),
-        rows_(decode_rows(p)),
-        units_(whole_lanes(units_of<Unit>(p.head_size))),
-        columns_(whole_lanes(p.value_size)) {}
-
-  // Keys that any row sees.
-  Range visible() const {
-    return {first_.first_visible_key(0), first_.end_visible_key(p_.num_queries - 1)};
-  }
-
-  void split(int64_t begin, int64_t end) {
-    for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t head = first_.head + r / p_.num_queries;
-      const T* q = row_pointer<T>(p_.q, first_.batch, head, r % p_.num_queries);
-      pack_row<Unit>(q, p_.head_size, w_.queries + r * units_, units_);
-      w_.top[r] = -kInfinity;
-      w_.sum[r] = 0.0f;
-    }
-    for (int64_t i = 0; i < rows_ * columns_; ++i) w_.out[i] = 0.0f;
-    for (int64_t n0 = begin; n0 < end; n0 += kChunkKeys) {
-      chunk(n0, minimum_of(kChunkKeys, end - n0));
-    }
-  }
-
- private:
-  // The keys of a chunk that a row sees.
-  Range seen(int64_t row, int64_t n0, int64_t num_keys) const {
-    const int64_t m = row % p_.num_queries;
-    const int64_t first = maximum_of<int64_t>(0, first_.first_visible_key(m) - n0);
-    const int64_t end = minimum_of(num_keys, first_.end_visible_key(m) - n0);
-    return first < end ? Range{first, end} : Range{0, 0};
-  }
-
-  void chunk(int64_t n0, int64_t num_keys) {
-    const Rows<TK> keys = key_rows<TK>(p_.k, first_, n0, num_keys, p_.head_size);
-    const Rows<TK> values = key_rows<TK>(p_.v, first_, n0, num_keys, p_.value_size);
-    for (int64_t r = 0; r < rows_; r += kRowsAtOnce) {
-      switch (minimum_of(kRowsAtOnce, rows_ - r)) {
-        case 1:
-          multiply_keys<1>(r, keys, values);
-          break;
-        case 2:
-          multiply_keys<2>(r, keys, values);
-          break;
-        case 3:
-          multiply_keys<3>(r, keys, values);
-          break;
-        default:
-          multiply_keys<4>(r, keys, values);
-      }
-    }
-    bool whole = true;  // every row sees every key
-    for (int64_t r = 0; r < rows_; ++r) {
-      const Range range = seen(r, n0, num_keys);
-      whole = whole && range.first == 0 && range.end == num_keys;
-      if (range.first < range.end) softmax(r, n0, range);
-    }
-    if (!whole) {  // row by row: what one does not see may be NaN
-      for (int64_t r = 0; r < rows_; ++r) add_values<1, false>(r, values, seen(r, n0, num_keys));
-      return;
-    }
-    const Range all = {0, num_keys};
-    for (int64_t r = 0; r < rows_; r += kRowsAtOnce) {
-      switch (minimum_of(kRowsAtOnce, rows_ - r)) {
-        case 1:
-          add_values<1, true>(r, values, all);
-          break;
-        case 2:
-          add_values<2, true>(r, values, all);
-          break;
-        case 3:
-          add_values<3, true>(r, values, all);
-          break;
-        default:
-          add_values<4, true>(r, values, all);
-      }
-    }
-  }
-
-  // scores[row][n] = the raw product, four keys at a time; values are fetched on the way.
-  template <int kRows>
-  void multiply_keys(int64_t row, const Rows<TK>& keys, const Rows<TK>& values) {
-    const float* const queries = reinterpret_cast<const float*>(w_.queries + row * units_);
-    for (int64_t n = 0; n < keys.count; n += 4) {
-      const int64_t last = keys.count - 1;
-      const TK* from[4];
-      Lanes sums[kRows][4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const int64_t at = minimum_of(n + i, last);
-        from[i] = keys.row(at);
-        if (row == 0) fetch(values.row(at), values.size * static_cast<int64_t>(sizeof(TK)));
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) sums[r][i] = Lanes::broadcast(0.0f);
-      }
-      int64_t j = 0;
-      for (; j + kStep <= keys.size; j += kStep) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const Lanes key = load_units<Unit>(from[i] + j, kStep);
-#pragma GCC unroll 4
-          for (int r = 0; r < kRows; ++r) {
-            const Lanes query = Lanes::load(queries + r * units_ + j / Unit::kElements);
-            sums[r][i] = dot_units<Unit>(key, query, sums[r][i]);
-          }
-        }
-      }
-      if (j < keys.size) {
-        for (int i = 0; i < 4; ++i) {
-          const Lanes key = load_units<Unit>(from[i] + j, keys.size - j);
-          for (int r = 0; r < kRows; ++r) {
-            const Lanes query = Lanes::load(queries + r * units_ + j / Unit::kElements);
-            sums[r][i] = dot_units<Unit>(key, query, sums[r][i]);
-          }
-        }
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) store_sums(sums[r], w_.scores + (row + r) * kChunkKeys + n);
-    }
-  }
-
-  // Turns the scores of a row into weights; what it has summed before shrinks where the maximum
-  // rises.
-  void softmax(int64_t row, int64_t n0, Range range) {
-    const int64_t m = row % p_.num_queries;
-    const Head h = head_of(p_, first_.sequence, first_.head + row / p_.num_queries);
-    const ScoreRule rule = score_rule(p_, h);
-    float* const scores = w_.scores + row * kChunkKeys;
-    const Lanes hidden = Lanes::broadcast(-kInfinity);
-    Lanes tops = hidden;
-    alignas(64) static const float kSteps[16] = {0, 1, 2,  3,  4,  5,  6,  7,
-                                                 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int64_t n = range.first; n < range.end; n += kLanes) {
-      const int64_t left = range.end - n;
-      Lanes s = load_lanes_of(scores + n, left);
-      if (p_.k_scale.data != nullptr) s = s * scales(p_.k_scale, n0 + n, left);
-      const float distance = static_cast<float>(m + h.offset - n0 - n);
-      Lanes derivative;
-      s = score(rule, s, Lanes::broadcast(distance) - Lanes::load(kSteps), s, &derivative);
-      if (left < kLanes) s = select((1u << left) - 1u, s, hidden);
-      store(s, scores + n, left);
-      tops = maximum(s, tops);
-    }
-    float lanes[kLanes];
-    tops.store(lanes);
-    float top = w_.top[row];
-    for (int i = 0; i < kLanes; ++i) top = lanes[i] > top ? lanes[i] : top;
-    const float reached = top == -kInfinity ? 0.0f : top;
-    Lanes sum = Lanes::broadcast(0.0f);
-    for (int64_t n = range.first; n < range.end; n += kLanes) {
-      const int64_t left = range.end - n;
-      Lanes s = load_lanes_of(scores + n, left);
-      if (left < kLanes) s = select((1u << left) - 1u, s, hidden);
-      Lanes weight = power_of_two<kExactDegree>(s - Lanes::broadcast(reached));
-      sum = sum + weight;
-      if (p_.v_scale.data != nullptr) weight = weight * scales(p_.v_scale, n0 + n, left);
-      store(weight, scores + n, left);
-    }
-    float shrinks[kLanes];
-    power_of_two<kExactDegree>(Lanes::broadcast(w_.top[row] - reached)).store(shrinks);
-    w_.top[row] = top;
-    w_.sum[row] = w_.sum[row] * shrinks[0] + sum.sum();
-    if (shrinks[0] == 1.0f) return;
-    const Lanes shrink = Lanes::broadcast(shrinks[0]);
-    float* const out = w_.out + row * columns_;
-    for (int64_t j = 0; j < columns_; j += kLanes) (Lanes::load(out + j) * shrink).store(out + j);
-  }
-
-  static void store(Lanes value, float* to, int64_t left) {
-    if (left >= kLanes) {
-      value.store(to);
-    } else {
-      value.store(to, static_cast<int>(left));
-    }
-  }
-
-  // The scales of tokens from n on.
-  Lanes scales(const HeadsView& view, int64_t n, int64_t left) const {
-    const float* from = row_pointer<float>(view, first_.batch, first_.key_head, n);
-    if (view.row_stride == 1) return load_lanes_of(from, left);
-    float values[kLanes] = {};
-    for (int64_t i = 0; i < left && i < kLanes; ++i) values[i] = from[i * view.row_stride];
-    return Lanes::load(values);
-  }
-
-  // out[row] += sum over the keys of the range of weight * value.
-  template <int kRows, bool kPairs>
-  void add_values(int64_t row, const Rows<TK>& values, Range range) {
-    for (int64_t j = 0; j < columns_; j += 4 * kLanes) {
-      if (j + 4 * kLanes <= values.size) {
-        add_columns<kRows, 4, kPairs>(row, values, range, j);
-      } else {
-        for (int64_t c = j; c < columns_; c += kLanes) {
-          add_columns<kRows, 1, false>(row, values, range, c);
-        }
-      }
-    }
-  }
-
-  template <int kRows, int kVectors, bool kPairs>
-  void add_columns(int64_t row, const Rows<TK>& values, Range range, int64_t column) {
-    float* const out = w_.out + row * columns_ + column;
-    const float* const weights = w_.scores + row * kChunkKeys;
-    Lanes sums[kRows][kVectors];
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = Lanes::load(out + r * columns_ + v * kLanes);
-    }
-    int64_t n = range.first;
-#if defined(__AVX512BF16__)
-    if constexpr (kPairs && Unit::kElements == 2 && kVectors == 4) {
-      const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9,
-                                           40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1,
-                                           32, 0);
-      const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-      for (; n + 2 <= range.end; n += 2) {
-        __m512i pairs[4];
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i) {
-          const __m512i a = _mm512_loadu_si512(values.row(n) + column + 32 * i);
-          const __m512i b = _mm512_loadu_si512(values.row(n + 1) + column + 32 * i);
-          pairs[2 * i] = _mm512_permutex2var_epi16(a, low, b);
-          pairs[2 * i + 1] = _mm512_permutex2var_epi16(a, high, b);
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          const float* const w = weights + r * kChunkKeys + n;
-          const __m128 both = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w)));
-          const __m512i weight = _mm512_broadcastd_epi32((__m128i)_mm_cvtneps_pbh(both));
-#pragma GCC unroll 4
-          for (int v = 0; v < 4; ++v) {
-            sums[r][v].v = _mm512_dpbf16_ps(sums[r][v].v, (__m512bh)weight, (__m512bh)pairs[v]);
-          }
-        }
-      }
-    }
-#endif
-    for (; n < range.end; ++n) {
-      Lanes value[kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t at = column + v * kLanes;
-        value[v] = load_lanes_of(values.row(n) + at, values.size - at);
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const Lanes weight = Lanes::broadcast(weights[r * kChunkKeys + n]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sums[r][v] = fused(weight, value[v], sums[r][v]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[r][v].store(out + r * columns_ + v * kLanes);
-    }
-  }
-
-  const AttentionParams& p_;
-  const Head first_;
-  const Workspace& w_;
-  const int64_t rows_, units_, columns_;
-};
 
 // One split of the keys that a key head's queries see. Its partial result goes to scratch:
 // [batch * heads * num_queries][splits][sum, maximum, values].
@@ -372,7 +17,7 @@ void work_on_split(const AttentionParams& p, int64_t batch, int64_t key_head, in
                    int64_t splits) {
   const int64_t group = p.heads / p.key_heads;
   const Head first = head_of(p, batch, key_head * group);
-  Workspace w;
+  DecodeWorkspace w;
   char* const memory = static_cast<char*>(thread_workspace(w.lay_out(p, nullptr)));
   w.lay_out(p, memory);
   Decode<T, TK> decode(p, first, w);
@@ -399,14 +44,14 @@ void combine(const AttentionParams& p, int64_t row, int64_t splits) {
   const int64_t head = row / p.num_queries % p.heads, batch = row / p.num_queries / p.heads;
   const int64_t size = padded_size(p.value_size) + 2;
   const float* const parts = p.scratch + row * splits * size;
-  const float sink = p.sinks != nullptr ? p.sinks[head] * kLog2E : -kInfinity;
+  const float sink = p.sinks != nullptr ? p.sinks[head] : -kInfinity;
   float top = sink;
   for (int64_t s = 0; s < splits; ++s) top = maximum_of(top, parts[s * size + 1]);
   const float reached = top == -kInfinity ? 0.0f : top;
-  float sum = sink == -kInfinity ? 0.0f : exp2f(sink - reached);
+  float sum = sink == -kInfinity ? 0.0f : expf(sink - reached);
   float shrink[kEnoughPieces];
   for (int64_t s = 0; s < splits; ++s) {
-    shrink[s] = exp2f(parts[s * size + 1] - reached);
+    shrink[s] = expf(parts[s * size + 1] - reached);
     sum += shrink[s] * parts[s * size];
   }
   T* const to = row_pointer<T>(p.out, batch, head, row % p.num_queries);
@@ -423,7 +68,7 @@ void combine(const AttentionParams& p, int64_t row, int64_t splits) {
       value.store(to + j, static_cast<int>(p.value_size - j));
     }
   }
-  p.lse[row] = sum == 0.0f ? -kInfinity : reached * kLn2 + logf(sum);
+  p.lse[row] = sum == 0.0f ? -kInfinity : reached + logf(sum);
 }
 
 template <typename T>

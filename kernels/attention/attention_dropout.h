@@ -1,7 +1,7 @@
-// Keep bits of attention scores for tiles whose rows are keys and whose lanes are queries. One Philox
-// call gives eight keys of one query; 64-bit lanes hold one query each. Column group, head and
-// stream are the same for all lanes, so that of the 14 products of seven rounds four are scalar:
-// about 0.4 cycles a score on Zen 4.
+// Keep bits of attention scores for tiles whose rows are keys and whose lanes are queries. One
+// Philox call gives eight keys of one query; 64-bit lanes hold one query each. Column group, head
+// and stream are the same for all lanes, so that of the 14 products of seven rounds four are
+// scalar: about 0.4 cycles a score on Zen 4.
 #pragma once
 
 #include "../common/philox.h"

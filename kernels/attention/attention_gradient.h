@@ -27,7 +27,7 @@ struct GradientWorkspace {
   float* grad_v;          // [kGradientKeys][padded value size]
   float* mask;            // [kGradientKeys][kGradientStride]
   uint16_t* keep;         // [kGradientKeys][kGradientKeepStride]
-  float* negative_lse;    // [kGradientQueries] in units of log2, -Inf where there is nothing
+  float* negative_lse;    // [kGradientQueries], -Inf where there is nothing
   float* delta;           // [kGradientQueries]
 
   // Lays the arrays out from `base` on; returns the bytes that they take.
@@ -107,9 +107,11 @@ struct Gradients {
     load_mask_tile(p, h, b, w.mask, kGradientStride);
     if (dropout.threshold != 0) draw_keep_bits(dropout, p, h, b, w.keep, kGradientKeepStride);
     const int64_t row = row_index(p, h, b.m0);
+    // In the units of what it is added to: log2 for plain scores, else that of scores in memory.
+    const float unit = is_plain() ? kLog2E : rule.is_modified ? 1.0f : 1.0f / rule.scale;
     for (int64_t m = 0; m < kGradientQueries; ++m) {
       const float lse = m < b.num_queries ? p.lse[row + m] : -kInfinity;
-      w.negative_lse[m] = lse == -kInfinity ? -kInfinity : -lse * kLog2E;
+      w.negative_lse[m] = lse == -kInfinity ? -kInfinity : -lse * unit;
       w.delta[m] = m < b.num_queries ? params.delta[row + m] : 0.0f;
     }
   }
@@ -133,8 +135,9 @@ struct Gradients {
         s = score(rule, s, distances(h, b, n, query), bias, &derivative);
       }
     }
-    Lanes p = power_of_two<UnitOf<T>::kExpDegree>(
-        fused(s, factor, Lanes::load(w.negative_lse + query)));
+    const Lanes negative_lse = Lanes::load(w.negative_lse + query);
+    Lanes p = power_of_two<UnitOf<T>::kExpDegree>(kPlain ? fused(s, factor, negative_lse)
+                                                         : (s + negative_lse) * factor);
     if (is_edge) p = select(visible_bits(h, b, n, query), p, zero);
     Lanes kept = p;
     if constexpr (!kPlain) {
@@ -153,9 +156,7 @@ struct Gradients {
   // True where kPlain serves the block: what hides values elsewhere is an edge.
   bool is_plain() const { return !rule.is_modified && dropout.threshold == 0; }
 
-  Lanes factor() const {
-    return Lanes::broadcast(rule.is_modified ? 1.0f : rule.scale * kLog2E);
-  }
+  Lanes factor() const { return Lanes::broadcast(rule.log2_factor()); }
 
   // Puts weights and gradients in place of scores and gradients of weights, as units.
   void weigh(const Block& b) const {

@@ -1,7 +1,7 @@
-// The gradient of an additive mask: that of the scores, summed over the dimensions in which the mask
-// is broadcast. A piece of work is a tile of the mask; it sums over all that share the tile, in
-// order, so that nothing larger than the mask is kept and no two threads write one element. Weights
-// and gradients are recomputed for it: two products more.
+// The gradient of an additive mask: that of the scores, summed over the dimensions in which the
+// mask is broadcast. A piece of work is a tile of the mask; it sums over all that share the tile,
+// in order, so that nothing larger than the mask is kept and no two threads write one element.
+// Weights and gradients are recomputed for it: two products more.
 #pragma once
 
 #include "../common/parallel.h"
@@ -75,8 +75,7 @@ class MaskGradient {
       const Range seen = visible_vectors(gradients.h, b, n, n + 1);
       for (int64_t v = seen.first; v < seen.end; ++v) {
         float* const at = sums + n * kGradientStride + v * kLanes;
-        const auto values =
-            gradients.template values<false>(b, n, v * kLanes, true, factor);
+        const auto values = gradients.template values<false>(b, n, v * kLanes, true, factor);
         (Lanes::load(at) + values.grad_score).store(at);
       }
     }
@@ -87,8 +86,7 @@ class MaskGradient {
     const bool by_query = size[2] != 1, by_key = size[3] != 1;
     const int64_t num_queries = by_query ? minimum_of(kGradientQueries, size[2] - m0) : 1;
     const int64_t num_keys = by_key ? minimum_of(kGradientKeys, size[3] - n0) : 1;
-    float* const to =
-        params_.grad_mask + ((batch * size[1] + head) * size[2] + m0) * size[3] + n0;
+    float* const to = params_.grad_mask + ((batch * size[1] + head) * size[2] + m0) * size[3] + n0;
     if (!by_key) {  // the sum over all rows, in row 0
       for (int64_t n = 1; n < kGradientKeys; ++n) {
         for (int64_t m = 0; m < kGradientQueries; ++m) sums[m] += sums[n * kGradientStride + m];

@@ -203,16 +203,15 @@ inline void pack_rows(const Rows<T>& rows, uint32_t* to, int64_t stride) {
     for (int64_t r = 0; r < rows.count; r += 2) {
       const bool has_odd = r + 1 < rows.count;
       if constexpr (sizeof(T) == 2) {
-        interleave(rows.row(r), has_odd ? rows.row(r + 1) : nullptr, rows.size,
-                   to + r / 2 * stride, stride);
+        interleave(rows.row(r), has_odd ? rows.row(r + 1) : nullptr, rows.size, to + r / 2 * stride,
+                   stride);
         continue;
       }
       for (int64_t j = 0; j < stride; j += kLanes) {
         const int64_t left = rows.size - j;
-        const Lanes even =
-            left > 0 ? load_lanes_of(rows.row(r) + j, left) : Lanes::broadcast(0.0f);
-        const Lanes odd = left > 0 && has_odd ? load_lanes_of(rows.row(r + 1) + j, left)
-                                              : Lanes::broadcast(0.0f);
+        const Lanes even = left > 0 ? load_lanes_of(rows.row(r) + j, left) : Lanes::broadcast(0.0f);
+        const Lanes odd =
+            left > 0 && has_odd ? load_lanes_of(rows.row(r + 1) + j, left) : Lanes::broadcast(0.0f);
         store_pairs(even, odd, to + r / 2 * stride + j);
       }
     }
@@ -295,8 +294,7 @@ inline void add_unsafe(const UnsafeRows& unsafe, const Rows<T>& rows, LeftOperan
     const int64_t k = unsafe.rows[i];
     const int64_t unit = k / Unit::kElements;
     for (int64_t r = 0; r < num_rows; ++r) {
-      const uint32_t bits =
-          kTransposed ? a.data[unit * a.stride + r] : a.data[r * a.stride + unit];
+      const uint32_t bits = kTransposed ? a.data[unit * a.stride + r] : a.data[r * a.stride + unit];
       const float weight = Unit::kElements == 1 ? bits_to_float(bits)
                            : k % 2 == 0         ? bits_to_float(bits << 16)
                                                 : bits_to_float(bits & 0xFFFF0000u);

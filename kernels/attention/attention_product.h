@@ -1,8 +1,8 @@
 // Matrix products of attention: register tiles, and the forms in which operands are packed.
-// c[row][column] (+)= sum over units u of a[row][u] * b[u][column]: a is read one unit at a time and
-// broadcast, b and c in vectors of columns. A tile of 6 rows by 4 vectors keeps 24 sums in registers
-// and reads 10 values for them: one multiply-add of a whole vector a cycle, the ceiling of Zen 4,
-// within 3 % when b stays in L1. AVX2 has registers for 6 by 2.
+// c[row][column] (+)= sum over units u of a[row][u] * b[u][column]: a is read one unit at a time
+// and broadcast, b and c in vectors of columns. A tile of 6 rows by 4 vectors keeps 24 sums in
+// registers and reads 10 values for them: one multiply-add of a whole vector a cycle, the ceiling
+// of Zen 4, within 3 % when b stays in L1. AVX2 has registers for 6 by 2.
 #pragma once
 
 #include "attention_lanes.h"
@@ -42,7 +42,8 @@ inline __attribute__((noinline)) void multiply_tile(LeftOperand a, RightOperand 
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = Lanes::load(c.data + r * c.stride + v * kLanes);
+      for (int v = 0; v < kVectors; ++v)
+        sum[r][v] = Lanes::load(c.data + r * c.stride + v * kLanes);
     }
   } else {
 #pragma GCC unroll 6
@@ -115,10 +116,9 @@ inline void multiply(LeftOperand a, RightOperand b, Product c, int64_t num_rows,
       const int64_t panel_end = panel + kTileVectors;
       const int64_t end = e.end_vector < panel_end ? e.end_vector : panel_end;
       if (first < end && e.first_unit < e.end_unit) {
-        const LeftOperand left = {
-            kTransposed ? a.data + e.first_unit * a.stride + row
-                        : a.data + row * a.stride + e.first_unit,
-            a.stride};
+        const LeftOperand left = {kTransposed ? a.data + e.first_unit * a.stride + row
+                                              : a.data + row * a.stride + e.first_unit,
+                                  a.stride};
         const RightOperand right = {b.data + e.first_unit * b.stride + first * kLanes, b.stride};
         const Product out = {c.data + row * c.stride + first * kLanes, c.stride, c.accumulate};
         const int64_t units = e.end_unit - e.first_unit;

@@ -13,13 +13,25 @@ al. 2024 (sinks), Ainslie et al. 2023 (grouped queries).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..common.philox_reference import score_bits
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Products are computed in the dtype that is written down, in autocast too."""
+
+    @functools.wraps(function)
+    def call(q: Tensor, *arguments: Any) -> Any:
+        with torch.autocast(q.device.type, enabled=False):
+            return function(q, *arguments)
+
+    return call
 
 
 class Rule(NamedTuple):
@@ -61,6 +73,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     """``weights @ values`` in which a weight of zero hides any value, NaN and Inf too."""
+    if values.is_meta:
+        return weights @ values
     finite = values.isfinite()
     if bool(finite.all()):
         return weights @ values
@@ -86,6 +100,11 @@ def _ungrouped(x: Tensor, num_heads: int) -> Tensor:
     if x.shape[1] == num_heads:
         return x
     return x.unflatten(1, (num_heads, -1)).sum(2)
+
+
+def _heads_last(x: Tensor) -> Tensor:
+    """(B, heads, length, size) with the heads of a token side by side in memory."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _positions(q: Tensor, k: Tensor, bottom_right: bool) -> Tensor:
@@ -136,15 +155,19 @@ def _weights(
         visible = visible & (mask != -torch.inf)
         scores = scores + mask.to(scores.dtype)
     scores = torch.where(visible, scores, -torch.inf)
+    logits = scores
     if sinks is not None:
         sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(num_batches, -1, num_queries, 1)
-        lse = torch.cat([scores, sink], -1).logsumexp(-1)
-    elif k.shape[2] == 0:
+        logits = torch.cat([scores, sink], -1)
+    if logits.shape[-1] == 0:
         lse = scores.new_full(scores.shape[:-1], -torch.inf)
+        p = scores
     else:
-        lse = scores.logsumexp(-1)
-    reached = torch.where(lse == -torch.inf, 0, lse)  # -inf - -inf is not a number
-    p = torch.where(visible, torch.exp(scores - reached[..., None]), 0)
+        lse = logits.logsumexp(-1)
+        top = logits.detach().amax(-1, keepdim=True)
+        e = torch.exp(logits - torch.where(top == -torch.inf, 0, top))
+        p = e / torch.where(lse == -torch.inf, 1, e.sum(-1))[..., None]
+        p = torch.where(visible, p[..., : k.shape[2]], 0)
     kept = None
     if rule.threshold > 0:
         index = torch.arange(num_batches * num_heads, device=q.device).view(num_batches, -1, 1, 1)
@@ -154,11 +177,11 @@ def _weights(
             seed = seed.to(q.device)
         bits = score_bits(seed, row, column, index + first_batch * num_heads)
         keep_rate = (65536 - rule.threshold) / 65536
-        kept = (bits >= rule.threshold) * (1 / keep_rate if keep_rate > 0 else 0.0)
-        kept = kept.to(scores.dtype)
+        kept = (bits >= rule.threshold).to(scores.dtype) * (1 / keep_rate if keep_rate else 0.0)
     return _Weights(p, lse, capped, distance, kept)
 
 
+@_without_autocast
 def attention_reference(
     q: Tensor,
     k: Tensor,
@@ -189,6 +212,9 @@ def attention_reference(
     rule = Rule(threshold, scale, softcap, left, right, bottom_right)
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return _forward(q, k, v, mask, alibi_slopes, sinks, seed, rule, 0)
+    if len(cu_seqlens_q) == 1:  # no sequence
+        lse = q.new_empty(q.shape[:3], dtype=compute_dtype(q))
+        return _heads_last(q.new_empty(*q.shape[:3], v.shape[3])), lse
     outs, lses = [], []
     for number, queries, keys in sequences(cu_seqlens_q, cu_seqlens_k):
         slopes = alibi_slopes
@@ -198,7 +224,7 @@ def attention_reference(
         out, lse = _forward(*part, None, slopes, sinks, seed, rule, number)
         outs.append(out)
         lses.append(lse)
-    return torch.cat(outs, 2), torch.cat(lses, 2)
+    return _heads_last(torch.cat(outs, 2)), torch.cat(lses, 2)
 
 
 def _forward(
@@ -216,9 +242,10 @@ def _forward(
     keys, values = (_grouped(t.to(compute), num_heads) for t in (k, v))
     w = _weights(q.to(compute), keys, mask, alibi_slopes, sinks, seed, rule, first_batch)
     p = w.p if w.kept is None else w.p * w.kept
-    return weighted_sum(p, values).to(q.dtype), w.lse
+    return _heads_last(weighted_sum(p, values).to(q.dtype)), w.lse
 
 
+@_without_autocast
 def attention_backward_reference(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -253,20 +280,39 @@ def attention_backward_reference(
     tensors = q, k, v, mask, alibi_slopes, sinks
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return _backward(grad_out, grad_lse, *tensors, seed, rule, with_mask, with_slopes, 0)
+    if len(cu_seqlens_q) == 1:
+        grads = [_heads_last(torch.zeros_like(t)) for t in (q, k, v)]
+        vectors = [
+            q.new_empty(0) if t is None else torch.zeros_like(t) for t in (alibi_slopes, sinks)
+        ]
+        return (*grads, q.new_empty(0), *vectors)  # type: ignore[return-value]
     parts = []
     for number, queries, keys in sequences(cu_seqlens_q, cu_seqlens_k):
         slopes = alibi_slopes
         if slopes is not None and len(slopes) > 1:
             slopes = slopes[number : number + 1]
-        part = q[:, :, queries], k[:, :, keys], v[:, :, keys], None, slopes, sinks
-        grads = grad_out[:, :, queries], grad_lse[:, :, queries]
-        parts.append(_backward(*grads, *part, seed, rule, False, with_slopes, number))
+        part = _backward(
+            grad_out[:, :, queries],
+            grad_lse[:, :, queries],
+            q[:, :, queries],
+            k[:, :, keys],
+            v[:, :, keys],
+            None,
+            slopes,
+            sinks,
+            seed,
+            rule,
+            False,
+            with_slopes,
+            number,
+        )
+        parts.append(part)
     grad_q, grad_k, grad_v, _, grad_slopes, grad_sinks = zip(*parts, strict=True)
     several = alibi_slopes is not None and len(alibi_slopes) > 1
     return (
-        torch.cat(grad_q, 2),
-        torch.cat(grad_k, 2),
-        torch.cat(grad_v, 2),
+        _heads_last(torch.cat(grad_q, 2)),
+        _heads_last(torch.cat(grad_k, 2)),
+        _heads_last(torch.cat(grad_v, 2)),
         q.new_empty(0),
         torch.cat(grad_slopes) if several else torch.stack(grad_slopes).sum(0),
         torch.stack(grad_sinks).sum(0),
@@ -307,8 +353,7 @@ def _backward(
     grad_q = weighted_sum(grad_raw, keys) * rule.scale
     grad_k = weighted_sum(grad_raw.transpose(-1, -2), queries) * rule.scale
     grad_v = weighted_sum(p.transpose(-1, -2), grad_out)
-    empty = queries.new_empty(0)
-    grad_mask = grad_slopes = grad_sinks = empty
+    grad_mask, grad_slopes, grad_sinks = (queries.new_empty(0) for _ in range(3))
     if with_mask and mask is not None:
         grad_mask = grad_scores.sum_to_size(mask.shape).to(mask.dtype)
     if with_slopes and alibi_slopes is not None:
@@ -319,9 +364,9 @@ def _backward(
         share = torch.where(w.lse == -torch.inf, 0, share)
         grad_sinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
     return (
-        grad_q.to(q.dtype),
-        _ungrouped(grad_k, num_key_heads).to(k.dtype),
-        _ungrouped(grad_v, num_key_heads).to(v.dtype),
+        _heads_last(grad_q.to(q.dtype)),
+        _heads_last(_ungrouped(grad_k, num_key_heads).to(k.dtype)),
+        _heads_last(_ungrouped(grad_v, num_key_heads).to(v.dtype)),
         grad_mask,
         grad_slopes,
         grad_sinks,

@@ -1,5 +1,6 @@
 // Scratch memory of one thread for the CPU kernels, kept from call to call: fresh memory costs more
-// in page faults than many kernels take. It is as large as the largest request of the thread so far.
+// in page faults than many kernels take. It is as large as the largest request of the thread so
+// far.
 #pragma once
 
 #include <cstdint>

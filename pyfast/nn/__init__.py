@@ -8,9 +8,11 @@ from typing import Any
 import torch.nn as _torch
 
 from . import functional
+from .attention import MultiheadAttention
 from .dropconnect import DropConnect
 from .dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
 from .fused import BiasDropoutAdd, DropoutAddNorm
+from .transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "AlphaDropout",
@@ -22,6 +24,9 @@ __all__ = [
     "Dropout3d",
     "DropoutAddNorm",
     "FeatureAlphaDropout",
+    "MultiheadAttention",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
     "functional",
 ]
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch.nn.functional as _torch
 
-from ..ops.attention import scaled_dot_product_attention
 from ..ops.attention_with_kv_cache import attention_with_kv_cache
 from ..ops.bias_dropout_add import bias_dropout_add
 from ..ops.channel_dropout import dropout1d, dropout2d, dropout3d, feature_alpha_dropout
@@ -15,6 +14,7 @@ from ..ops.dropconnect import dropconnect_linear
 from ..ops.dropout import alpha_dropout, dropout
 from ..ops.dropout_add_norm import dropout_add_norm
 from ..ops.multi_head_attention import multi_head_attention_forward
+from ..ops.scaled_dot_product_attention import scaled_dot_product_attention
 from ..ops.varlen_attention import varlen_attention
 
 __all__ = [

@@ -163,6 +163,11 @@ class Op:
             kernel = self._within_limits(kernel, tensor, arguments)
         return kernel(tensor, *arguments)
 
+    def check_limits(self, tensor: Tensor, *arguments: Any) -> None:
+        """RuntimeError where a backend that was asked for cannot serve the call."""
+        if self._limits is not None:
+            self._within_limits(self.kernels[self.backend_of(tensor)], tensor, arguments)
+
     def _within_limits(
         self, kernel: Callable[..., Any], tensor: Tensor, arguments: tuple[Any, ...]
     ) -> Callable[..., Any]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention.attention_reference import attention_reference
-from ._native import get_num_threads, native
+from ._attention_arguments import check_rule, check_sinks, check_slopes
+from ._native import contiguous, get_num_threads, native
 from ._op import Op, is_eager
-from .attention import MAX_HEAD_SIZE, check_rule, check_sinks, check_slopes, empty_heads
+from .attention import MAX_HEAD_SIZE, empty_heads
 from .attention import heads_last_dim as _heads
 
 _OP = "attention_with_kv_cache"
@@ -40,8 +41,8 @@ def _attend_native(
         out,
         lse,
         None,
-        alibi_slopes,
-        sinks,
+        contiguous(alibi_slopes)[0],
+        contiguous(sinks)[0],
         None,
         None,
         lengths,
@@ -73,6 +74,8 @@ def _attend_reference(
 ) -> tuple[Tensor, Tensor]:
     """Batch by batch over the keys that count, dequantized."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if q.shape[0] == 0:
+        return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=compute)
     outs, lses = [], []
     for b, length in enumerate(lengths.tolist()):
         keys, values = (
@@ -282,6 +285,7 @@ def attention_with_kv_cache(
     softcap, left, right, _ = check_rule(_OP, window, softcap, "bottom_right", is_causal)
     slopes = check_slopes(_OP, alibi_slopes, q.shape[0], q)
     sinks = check_sinks(_OP, sinks, q)
+    _attend.check_limits(q, k_cache, v_cache)
     if num_new and k is not None and v is not None:
         _append(k_cache, k_scale, k, positions)
         _append(v_cache, v_scale, v, positions)

@@ -15,10 +15,11 @@ from torch.nn.functional import (  # type: ignore[attr-defined]
 )
 from torch.overrides import handle_torch_function, has_torch_function
 
+from ._attention_arguments import autocasted
 from ._op import is_eager
 from ._rule import resolve_seed, threshold_of
-from .attention import autocasted, scaled_dot_product_attention
 from .attention_weights import attention_weights_op
+from .scaled_dot_product_attention import scaled_dot_product_attention
 
 _is_autocast_enabled = torch._C._is_any_autocast_enabled
 
@@ -129,7 +130,7 @@ def canonical_mask(
     """The mask with torch's warning and error. A bool mask stays bool where both masks are."""
     if mask is None or (mask.dtype == torch.bool and (other is None or other.dtype == torch.bool)):
         return mask
-    canonical: Tensor = _canonical_mask(
+    canonical: Tensor | None = _canonical_mask(
         mask=mask,
         mask_name=name,
         other_type=None if other is None else other.dtype,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 from torch import Generator, Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from ._attention_arguments import autocasted, check_rule, check_sinks, check_slopes
 from ._op import is_eager
 from ._rule import check_probability, resolve_seed, threshold_of
-from .attention import attention_op, autocasted, check_rule, check_sinks, check_slopes
+from .attention import attention_op
 
 _OP = "varlen_attention"
 
@@ -24,7 +26,7 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, longest: int, e
     if not (eager and cu_seqlens.is_cpu):
         return
     bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != total or min(lengths, default=0) < 0:
         raise ValueError(
             f"{_OP}: {name} must rise from 0 to the {total} packed tokens, got {bounds}"

@@ -41,7 +41,9 @@ FLAGS = [
 
 def sources() -> list[Path]:
     boundary = [path for path in ROOT.glob("csrc/*.cpp")]
-    common = [ROOT / "kernels/common" / name for name in ("isa.cpp", "parallel.cpp")]
+    common = [
+        ROOT / "kernels/common" / name for name in ("isa.cpp", "parallel.cpp", "workspace.cpp")
+    ]
     kernels = [*ROOT.glob("kernels/*/*_cpu.cpp"), *ROOT.glob("kernels/*/*.cu")]
     return sorted([*boundary, *common, *kernels, HERE / "cuda_emulation.cpp"])
 
