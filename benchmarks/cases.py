@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +62,8 @@ class Case:
         backward: whether ``torch.autograd.grad`` for all inputs is part of a call.
         requires_grad: whether the inputs require a gradient; always with ``backward``.
         bar: the most that pyfast should take, as a multiple of a copy that moves as many bytes.
+        flops: the arithmetic of a call, from the shape; None where bytes alone count.
+        check_shape, compiles: of the check, where it differs; whether torch.compile is a row.
         others: further rows, by name; each is a function of the first input that gives a callable.
     """
 
@@ -75,6 +77,9 @@ class Case:
     requires_grad: bool = False
     bar: float | None = None
     p: float = 0.1
+    flops: Callable[[tuple[int, ...]], int] | None = None
+    check_shape: tuple[int, ...] | None = None
+    compiles: bool = True
     others: Mapping[str, Callable[[Tensor], Call]] = field(default_factory=dict)
 
     @property
@@ -92,7 +97,8 @@ class Case:
 
     @property
     def implementations(self) -> tuple[str, ...]:
-        return ("torch", "torch.compile", *self.others, "pyfast")
+        compiled = ("torch.compile",) * self.compiles
+        return ("torch", *compiled, *self.others, "pyfast")
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
@@ -145,6 +151,9 @@ class PreparedCase:
 
     def check(self) -> str:
         """What is wrong with pyfast's results against the formula in float64; empty if nothing."""
+        if self.case.check_shape is not None:
+            smaller = replace(self.case, shape=self.case.check_shape, check_shape=None)
+            return PreparedCase(smaller, self.device).check()
         function, p = self.case.computation.pyfast, self.case.p
         try:
             forward = functools.partial(function, *self.inputs, p=p, seed=SEED)
@@ -249,6 +258,7 @@ class Row:
     backend: str = ""
     problem: str = ""
     failed: bool = False
+    num_flops: int | None = None
     num_calls: int | None = None
     samples_us: list[float] = field(default_factory=list)
     median_us: float | None = None
@@ -256,6 +266,7 @@ class Row:
     q3_us: float | None = None
     iqr_us: float | None = None
     bandwidth_gbps: float | None = None
+    gflops: float | None = None
     copy_bandwidth_gbps: float | None = None
     percent_of_copy: float | None = None
     time_over_copy: float | None = None
@@ -274,6 +285,8 @@ class Row:
         self.q1_us, self.median_us, self.q3_us = q1, median, q3 = _quartiles(self.samples_us)
         self.iqr_us = q3 - q1
         self.bandwidth_gbps = 1e-3 * self.num_bytes / median
+        if self.num_flops is not None:
+            self.gflops = 1e-3 * self.num_flops / median
         self.copy_bandwidth_gbps = 1e-9 * self.num_bytes / statistics.median(copy_s)
         self.time_over_copy = _median_ratio(seconds, copy_s)
         self.percent_of_copy = 100 / self.time_over_copy
@@ -301,6 +314,7 @@ class Effort:
     min_calls: int = 3
 
 
+SLOW_S = 0.2  # calls that take longer are timed one at a time
 FULL = Effort(rounds=9, block_s=0.02, with_compile=True)
 QUICK = Effort(rounds=5, block_s=0.005, with_compile=False)
 
@@ -333,7 +347,8 @@ def _calls_per_block(call: Call, device: torch.device, effort: Effort) -> int:
     num_calls = 1
     while (seconds := _time_block(call, num_calls, device)) < effort.block_s / 4:
         num_calls *= 2
-    return max(effort.min_calls, round(num_calls * effort.block_s / seconds))
+    min_calls = 1 if seconds > SLOW_S else effort.min_calls
+    return max(min_calls, round(num_calls * effort.block_s / seconds))
 
 
 def _time_block(call: Call, num_calls: int, device: torch.device) -> float:

@@ -98,6 +98,7 @@ def _run(arguments: argparse.Namespace, cases: list[Case], old: dict[str, Any] |
     environment = _environment(arguments)
     rows = _measure_all(cases, arguments)
     _print_table(console, rows, environment)
+    _print_arithmetic(console, rows)
     if arguments.json:
         lines = ",\n".join(json.dumps(asdict(row), allow_nan=False) for row in rows)
         content = f'{{"environment": {json.dumps(environment)},\n"rows": [\n{lines}\n]}}\n'
@@ -174,7 +175,8 @@ def _measure_all(cases: list[Case], arguments: argparse.Namespace) -> list[Row]:
 
 def _new_row(case: Case, device: torch.device, implementation: str) -> Row:
     where = (case.op, case.name, list(case.shape), case.dtype_name, device.type)
-    return Row(*where, implementation, case.num_bytes, case.bar)
+    num_flops = None if case.flops is None else case.flops(case.shape)
+    return Row(*where, implementation, case.num_bytes, case.bar, num_flops=num_flops)
 
 
 def _run_case(
@@ -277,6 +279,19 @@ def _print_table(console: Console, rows: list[Row], environment: dict[str, Any])
 def _goal(rows: list[Row]) -> str:
     bars = {row.bar for row in rows if row.bar is not None}
     return f"; the goal of pyfast's fused ops is {max(bars)}" if bars else ""
+
+
+def _print_arithmetic(console: Console, rows: list[Row]) -> None:
+    """The rate of pyfast's arithmetic beside that of a matrix product of as many operations."""
+    peaks = {row.where: row.gflops for row in rows if row.implementation == "matmul"}
+    table = _table("GFLOP/s", "% of matmul")
+    for row in rows:
+        if row.gflops and row.implementation in ("torch", "pyfast"):
+            peak = peaks.get(row.where)
+            share = f"{100 * row.gflops / peak:.0f}" if peak else ""
+            table.add_row(*row.where, row.implementation, f"{row.gflops:,.0f}", share)
+    if table.row_count:
+        _print_whole(console, table)
 
 
 def _figures(row: Row) -> list[Text]:

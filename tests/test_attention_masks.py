@@ -225,8 +225,13 @@ def test_masks_of_the_smallest_number(backend: Backend, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_of_rows_of_the_smallest_number(backend: Backend, dtype: torch.dtype) -> None:
+def test_gradients_of_rows_of_the_smallest_number(
+    backend: Backend, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
     """exp(score - lse) is 1 for each key there, because lse has no digit left for log(S)."""
+    if backend.name == "cpu":
+        reason = "as in torch's CPU kernel: the backward pass knows a row by its lse in float32"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     q, k, v = (t.to(dtype).requires_grad_() for t in normal(3, 1, 2, 33, 16))
     mask = torch.full((33, 33), torch.finfo(dtype).min, dtype=dtype)
     attention(q, k, v, mask).sum().backward()

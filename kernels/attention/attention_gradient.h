@@ -150,7 +150,9 @@ struct Gradients {
     Lanes grad_score = p * (grad - Lanes::load(w.delta + query));
     // Zero times what a hidden value has made NaN.
     if (!kPlain || is_edge) grad_score = select(nonzero(p), grad_score, zero);
-    return {kept, grad_score, grad_score * derivative};
+    Lanes grad_raw = grad_score * derivative;
+    if (!kPlain) grad_raw = select(nonzero(p), grad_raw, zero);
+    return {kept, grad_score, grad_raw};
   }
 
   // True where kPlain serves the block: what hides values elsewhere is an edge.

@@ -2,8 +2,8 @@
 what no kernel serves (float64, head sizes above 256, derivatives of the second order).
 
 Scores are built in this order: ``scale * q k^T``; softcap ``c * tanh(scores / c)``; ALiBi
-``- slope * |i' - j|``; the additive mask; then every score that is not visible becomes -inf. Query i
-stands at key position ``i' = i`` (top left) or ``i + S - L`` (bottom right) and sees key j when
+``- slope * |i' - j|``; the additive mask; then every score that is not visible becomes -inf. Query
+i stands at key position ``i' = i`` (top left) or ``i + S - L`` (bottom right) and sees key j when
 ``i' - left <= j <= i' + right`` (-1: no bound) and the bool mask allows it. The denominator of the
 softmax has the term ``exp(sink)`` of the head beside its keys. Dropout follows, then v.
 

@@ -1,0 +1,235 @@
+"""Attention against torch's: full, causal, with dropout, with a mask that needs a gradient, in a
+window, and a decoder's step over a cache. The row ``matmul`` is one product of square matrices with
+as many operations: the machine's ceiling for the dtype."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from pyfast.kernels.dropout.dropout_reference import attention_mask_reference
+from torch import Tensor
+
+import pyfast.nn.functional as pyfast_F
+
+from .cases import (
+    SEED,
+    Call,
+    Case,
+    Computation,
+    drop_rate,
+    normal,
+    parametrize,
+    run_with_pytest,
+)
+
+if TYPE_CHECKING:
+    import pytest
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+SHAPES = (  # (batch, heads, length, head size)
+    (8, 12, 128, 64),
+    (4, 12, 512, 64),
+    (1, 12, 1024, 64),
+    (1, 12, 4096, 64),
+    (1, 16, 2048, 128),
+)
+CHECK_SHAPE = (1, 3, 300, 64)
+FAST_DTYPES = (torch.float32, torch.bfloat16)
+WINDOW = 256
+DECODE_KEYS = 4096
+
+
+def _heads(shape: tuple[int, ...], seed: int) -> Tensor:
+    """(B, H, L, E) as a projection gives it: the heads of a token side by side."""
+    batch, heads, length, size = shape
+    return normal((batch, length, heads, size), seed).transpose(1, 2)
+
+
+def _inputs(shape: tuple[int, ...]) -> dict[str, Tensor]:
+    return {name: _heads(shape, seed) for seed, name in enumerate(("query", "key", "value"))}
+
+
+def _masked_inputs(shape: tuple[int, ...]) -> dict[str, Tensor]:
+    return {**_inputs(shape), "mask": normal((shape[2], shape[2]), 3)}
+
+
+def _decode_inputs(key_heads: int, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    batch, heads, _, size = shape
+    cache = (batch, math.gcd(key_heads, heads), DECODE_KEYS, size)
+    return {"query": normal(shape, 0), "key": normal(cache, 1), "value": normal(cache, 2)}
+
+
+@functools.lru_cache(maxsize=4)
+def _window_mask(length: int) -> Tensor:
+    """bool (L, L): what torch needs in place of a window."""
+    i = torch.arange(length)
+    return (i[:, None] - i).abs() <= WINDOW
+
+
+def _formula(
+    keep: Tensor,
+    p: float,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    window: bool = False,
+) -> Tensor:
+    """Attention as it is written; ``keep`` is not used, attention has a map of its own."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(group, 1) for t in (key, value))
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    if mask is not None:
+        scores = scores + mask
+    visible = torch.ones(scores.shape[-2:], dtype=torch.bool)
+    if is_causal:
+        visible = visible.tril()
+    if window:
+        visible = _window_mask(query.shape[2])
+    weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    if p > 0:
+        kept = attention_mask_reference(weights.shape, SEED, round(p * 65536), query.device)
+        weights = torch.where(kept, weights / (1 - drop_rate(p)), 0)
+    return weights @ value
+
+
+def _computation(kind: str, is_causal: bool = False) -> Computation:
+    if kind == "window":
+        return Computation(
+            _inputs,
+            lambda q, k, v, p: F.scaled_dot_product_attention(
+                q, k, v, _window_mask(q.shape[2]), dropout_p=p
+            ),
+            lambda q, k, v, p, **options: pyfast_F.scaled_dot_product_attention(
+                q, k, v, dropout_p=p, window=(WINDOW, WINDOW), **options
+            ),
+            functools.partial(_formula, window=True),
+            mask_ndim=0,
+        )
+    options: dict[str, Any] = {"is_causal": is_causal}
+    if kind.startswith("decode"):
+        options["enable_gqa"] = True
+
+    def torch_call(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, p: float
+    ) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, **options)
+
+    def pyfast_call(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, p: float, **more: Any
+    ) -> Any:
+        return pyfast_F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, **options, **more)
+
+    inputs: Callable[[tuple[int, ...]], dict[str, Tensor]] = _inputs
+    if kind == "mask":
+        inputs = _masked_inputs
+    elif kind.startswith("decode"):
+        inputs = functools.partial(_decode_inputs, int(kind.split()[1]))
+    formula = functools.partial(_formula, is_causal=is_causal)
+    return Computation(inputs, torch_call, pyfast_call, formula, mask_ndim=0)
+
+
+def _flops(visible: float, backward: bool, shape: tuple[int, ...]) -> int:
+    """Two products forward, five backward; ``visible`` is the share of the scores."""
+    batch, heads, length, size = shape
+    return int((14 if backward else 4) * batch * heads * length**2 * size * visible)
+
+
+def _matmul(flops: int, x: Tensor) -> Call:
+    """A square product of as many operations in the dtype of x."""
+    n = max(1, round((flops / 2) ** (1 / 3)))
+    a, b = (torch.randn(n, n).to(x.dtype) for _ in range(2))
+    return functools.partial(torch.mm, a, b)
+
+
+def _case(
+    kind: str, shape: tuple[int, ...], dtype: torch.dtype, backward: bool, is_causal: bool = False
+) -> Case:
+    words = [kind] * (kind != "full") + ["causal"] * is_causal
+    passes = "forward+backward" if backward else "forward"
+    visible = 0.5 if is_causal else 1.0
+    if kind == "window":
+        visible = (2 * WINDOW + 1) / shape[2]
+    flops = functools.partial(_flops, visible, backward)
+    return Case(
+        op="attention",
+        name=" ".join((*words, passes)),
+        shape=shape,
+        dtype=dtype,
+        computation=_computation(kind, is_causal),
+        num_passes=12 if backward else 4,
+        backward=backward,
+        p=0.1 if kind == "dropout" else 0.0,
+        flops=flops,
+        check_shape=CHECK_SHAPE if kind != "window" else (1, 2, 700, 64),
+        compiles=False,
+        others={"matmul": functools.partial(_matmul, flops(shape))},
+    )
+
+
+def _decode_matmul(key_heads: int, query: Tensor) -> Call:
+    """The best formulation in torch: two products and a softmax."""
+    inputs = _decode_inputs(key_heads, tuple(query.shape))
+    key, value = (inputs[name].to(query.dtype) for name in ("key", "value"))
+    grouped = query.view(query.shape[0], key.shape[1], -1, query.shape[-1])
+    scale = 1 / math.sqrt(query.shape[-1])
+
+    def call() -> Tensor:
+        return ((grouped @ key.transpose(-1, -2)) * scale).softmax(-1) @ value
+
+    return call
+
+
+def _decode_read(key_heads: int, query: Tensor) -> Call:
+    """A sum over as many bytes as keys and values have."""
+    inputs = _decode_inputs(key_heads, tuple(query.shape))
+    both = [inputs[name].to(query.dtype).view(-1).view(torch.float32) for name in ("key", "value")]
+    return lambda: [t.sum() for t in both]
+
+
+def _decode_case(key_heads: int, dtype: torch.dtype) -> Case:
+    return Case(
+        op="attention",
+        name=f"decode over {DECODE_KEYS} keys, {key_heads} key heads",
+        shape=(1, 32, 1, 128),
+        dtype=dtype,
+        computation=_computation(f"decode {key_heads}"),
+        num_passes=2 * DECODE_KEYS * key_heads // 32,
+        p=0.0,
+        compiles=False,
+        others={
+            "matmul": functools.partial(_decode_matmul, key_heads),
+            "read": functools.partial(_decode_read, key_heads),
+        },
+    )
+
+
+CASES = [
+    *(
+        _case("full", shape, dtype, backward, is_causal)
+        for dtype in FAST_DTYPES
+        for backward in (False, True)
+        for is_causal in (False, True)
+        for shape in SHAPES
+    ),
+    *(_case("full", shape, torch.float16, True) for shape in SHAPES[:3]),
+    *(_case("dropout", shape, dtype, True) for dtype in FAST_DTYPES for shape in SHAPES),
+    *(_case("mask", shape, torch.float32, True) for shape in SHAPES),
+    *(_case("window", SHAPES[3], dtype, True) for dtype in FAST_DTYPES),
+    *(_decode_case(key_heads, dtype) for key_heads in (32, 8) for dtype in FAST_DTYPES),
+]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    parametrize(metafunc, CASES)
+
+
+def test_attention(benchmark: BenchmarkFixture, case: Case, implementation: str) -> None:
+    run_with_pytest(benchmark, case, implementation)
