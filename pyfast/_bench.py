@@ -98,7 +98,6 @@ def _run(arguments: argparse.Namespace, cases: list[Case], old: dict[str, Any] |
     environment = _environment(arguments)
     rows = _measure_all(cases, arguments)
     _print_table(console, rows, environment)
-    _print_arithmetic(console, rows)
     if arguments.json:
         lines = ",\n".join(json.dumps(asdict(row), allow_nan=False) for row in rows)
         content = f'{{"environment": {json.dumps(environment)},\n"rows": [\n{lines}\n]}}\n'
@@ -227,8 +226,7 @@ def _environment(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of a source tree, with ``-dirty`` where it was changed since."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
+    if not ((root := Path(__file__).resolve().parents[1]) / ".git").exists():
         return None
     words = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     command = ["git", "--no-optional-locks", "-C", str(root), *words]
@@ -263,6 +261,7 @@ def _print_table(console: Console, rows: list[Row], environment: dict[str, Any])
         table.add_row(*where, row.implementation, *_figures(row))
         before = row.where
     _print_whole(console, table)
+    _print_arithmetic(console, rows)
     notes = [
         "copy: dst.copy_(src) that moves as many bytes, in the same rounds. x copy time: the time "
         f"over moving these bytes once{_goal(rows)}",
@@ -270,7 +269,7 @@ def _print_table(console: Console, rows: list[Row], environment: dict[str, Any])
         "where the quartile ranges of the two do not overlap, red below 1",
         _machine(environment),
     ]
-    if all(row.implementation != "torch.compile" for row in rows):
+    if environment["command"].endswith("--quick"):
         notes.append("left out by --quick: torch.compile, and cases above 4M elements")
     for note in notes:
         console.print(note, style="dim", markup=False, soft_wrap=True)
@@ -282,14 +281,13 @@ def _goal(rows: list[Row]) -> str:
 
 
 def _print_arithmetic(console: Console, rows: list[Row]) -> None:
-    """The rate of pyfast's arithmetic beside that of a matrix product of as many operations."""
+    table = _table("GFLOP/s", "of matmul")
     peaks = {row.where: row.gflops for row in rows if row.implementation == "matmul"}
-    table = _table("GFLOP/s", "% of matmul")
     for row in rows:
-        if row.gflops and row.implementation in ("torch", "pyfast"):
-            peak = peaks.get(row.where)
-            share = f"{100 * row.gflops / peak:.0f}" if peak else ""
-            table.add_row(*row.where, row.implementation, f"{row.gflops:,.0f}", share)
+        if row.gflops and (peak := peaks.get(row.where)):
+            table.add_row(
+                *row.where, row.implementation, f"{row.gflops:,.0f}", f"{row.gflops / peak:.0%}"
+            )
     if table.row_count:
         _print_whole(console, table)
 

@@ -155,23 +155,24 @@ class Decode {
       if (range.first < range.end) softmax(r, n0, range);
     }
     if (!whole) {  // row by row: what one does not see may be NaN
-      for (int64_t r = 0; r < rows_; ++r) add_values<1, false>(r, values, seen(r, n0, num_keys));
+      for (int64_t r = 0; r < rows_; ++r)
+        add_values<1, false>(r, values, keys, seen(r, n0, num_keys));
       return;
     }
     const Range all = {0, num_keys};
     for (int64_t r = 0; r < rows_; r += kRowsAtOnce) {
       switch (minimum_of(kRowsAtOnce, rows_ - r)) {
         case 1:
-          add_values<1, true>(r, values, all);
+          add_values<1, true>(r, values, keys, all);
           break;
         case 2:
-          add_values<2, true>(r, values, all);
+          add_values<2, true>(r, values, keys, all);
           break;
         case 3:
-          add_values<3, true>(r, values, all);
+          add_values<3, true>(r, values, keys, all);
           break;
         default:
-          add_values<4, true>(r, values, all);
+          add_values<4, true>(r, values, keys, all);
       }
     }
   }
@@ -284,20 +285,23 @@ class Decode {
 
   // out[row] += sum over the keys of the range of weight * value.
   template <int kRows, bool kPairs>
-  void add_values(int64_t row, const Rows<TK>& values, Range range) {
+  void add_values(int64_t row, const Rows<TK>& values, const Rows<TK>& keys, Range range) {
     for (int64_t j = 0; j < columns_; j += 4 * kLanes) {
       if (j + 4 * kLanes <= values.size) {
-        add_columns<kRows, 4, kPairs>(row, values, range, j);
+        add_columns<kRows, 4, kPairs>(row, values, keys, range, j);
       } else {
         for (int64_t c = j; c < columns_; c += kLanes) {
-          add_columns<kRows, 1, false>(row, values, range, c);
+          add_columns<kRows, 1, false>(row, values, keys, range, c);
         }
       }
     }
   }
 
   template <int kRows, int kVectors, bool kPairs>
-  void add_columns(int64_t row, const Rows<TK>& values, Range range, int64_t column) {
+  void add_columns(int64_t row, const Rows<TK>& values, const Rows<TK>& keys, Range range,
+                   int64_t column) {
+    const int64_t key_bytes = keys.size * static_cast<int64_t>(sizeof(TK));
+    const bool fetches = row == 0 && column == 0;  // the keys of the next chunk
     float* const out = w_.out + row * columns_ + column;
     const float* const weights = w_.scores + row * kChunkKeys;
     Lanes sums[kRows][kVectors];
@@ -314,6 +318,10 @@ class Decode {
                            6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
       const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
       for (; n + 2 <= range.end; n += 2) {
+        if (fetches) {
+          fetch(keys.row(n + keys.count), key_bytes);
+          fetch(keys.row(n + 1 + keys.count), key_bytes);
+        }
         __m512i pairs[4];
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
@@ -337,6 +345,7 @@ class Decode {
     }
 #endif
     for (; n < range.end; ++n) {
+      if (fetches) fetch(keys.row(n + keys.count), key_bytes);
       Lanes value[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
