@@ -285,9 +285,8 @@ def _print_arithmetic(console: Console, rows: list[Row]) -> None:
     peaks = {row.where: row.gflops for row in rows if row.implementation == "matmul"}
     for row in rows:
         if row.gflops and (peak := peaks.get(row.where)):
-            table.add_row(
-                *row.where, row.implementation, f"{row.gflops:,.0f}", f"{row.gflops / peak:.0%}"
-            )
+            cells = f"{row.gflops:,.0f}", f"{row.gflops / peak:.0%}"
+            table.add_row(*row.where, row.implementation, *cells)
     if table.row_count:
         _print_whole(console, table)
 
