@@ -137,21 +137,21 @@ def _backward_native(
     return grad_q, grad_k, grad_v, grad_mask, grad_slopes, grad_sinks
 
 
-def _limits(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str:
+def limits(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str:
     if q.dtype == torch.float64:
         return "its kernel does not compute in float64"
-    if q.shape[-1] > MAX_HEAD_SIZE or v.shape[-1] > MAX_HEAD_SIZE:
-        return f"its kernel serves head sizes up to {MAX_HEAD_SIZE}"
+    if not all(0 < t.shape[-1] <= MAX_HEAD_SIZE for t in (q, v)):
+        return f"its kernel serves head sizes from 1 to {MAX_HEAD_SIZE}"
     return ""
 
 
 def _limits_backward(grad_out: Tensor, grad_lse: Tensor, *arguments: Any) -> str:
     if arguments[-1]:
         return "its kernel has no gradient of alibi_slopes"
-    return _limits(*arguments)
+    return limits(*arguments)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, heads, length = q.shape[:3]
     out = q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
     return out, q.new_empty((batch, heads, length), dtype=compute_dtype(q))
@@ -182,11 +182,11 @@ attention_op = Op(
     " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor seed, int threshold, float scale,"
     " float softcap, int left, int right, bool bottom_right) -> (Tensor, Tensor)",
     {"cpu": _forward_native, "reference": attention_reference},
-    fake=_fake,
+    fake=fake_forward,
     setup_context=_setup_context,
     backward=_backward,
     differentiable=(0, 1, 2, 3, 4),
-    limits=_limits,
+    limits=limits,
 )
 
 

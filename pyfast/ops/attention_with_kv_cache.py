@@ -12,8 +12,9 @@ from ..kernels.attention.attention_reference import attention_reference
 from ._attention_arguments import check_rule, check_sinks, check_slopes
 from ._native import contiguous, get_num_threads, native
 from ._op import Op, is_eager
-from .attention import MAX_HEAD_SIZE, empty_heads
+from .attention import empty_heads, fake_forward
 from .attention import heads_last_dim as _heads
+from .attention import limits as _limits
 
 _OP = "attention_with_kv_cache"
 _CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -93,27 +94,12 @@ def _attend_reference(
     return torch.cat(outs), torch.cat(lses)
 
 
-def _limits(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str:
-    if q.dtype == torch.float64:
-        return "its kernel does not compute in float64"
-    if q.shape[-1] > MAX_HEAD_SIZE or v.shape[-1] > MAX_HEAD_SIZE:
-        return f"its kernel serves head sizes up to {MAX_HEAD_SIZE}"
-    return ""
-
-
-def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batch, heads, length, _size = q.shape
-    out = q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out, q.new_empty((batch, heads, length), dtype=compute)
-
-
 _attend = Op(
     "attention_with_kv_cache(Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale,"
     " Tensor lengths, Tensor? alibi_slopes, Tensor? sinks, Tensor seed, float scale,"
     " float softcap, int left, int right) -> (Tensor, Tensor)",
     {"cpu": _attend_native, "reference": _attend_reference},
-    fake=_fake,
+    fake=fake_forward,
     limits=_limits,
 )
 
