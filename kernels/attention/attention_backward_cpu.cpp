@@ -2,7 +2,12 @@
 // blocks of 256 keys, keeps their gradients, and for each over the queries that see them in blocks
 // of 128: two products recompute weights and their gradients, two add to the gradients of keys and
 // values, one to that of the queries, which is summed in float for each chunk and over the chunks
-// at the end. Bound by arithmetic: 10 * E flops a visible score. Nothing depends on the threads.
+// at the end. The gradient of a mask costs one more pass over the block, in cache, and the turns in
+// which heads add to it. Bound by arithmetic: 10 * E flops a visible score. Nothing depends on the
+// threads.
+#include <atomic>
+#include <vector>
+
 #include "../common/parallel.h"
 #include "../common/workspace.h"
 #include "attention.h"
@@ -63,13 +68,21 @@ class Backward {
         group_(p_.heads / p_.key_heads),
         num_chunks_(num_key_chunks(p_)),
         columns_(whole_lanes(p_.head_size)),
-        value_columns_(whole_lanes(p_.value_size)) {}
+        value_columns_(whole_lanes(p_.value_size)),
+        adds_to_mask_(has_mask_of_scores(params)) {}
 
   void run(int num_threads) {
     const int64_t heads = num_sequences(p_) * p_.key_heads;
+    if (adds_to_mask_) {
+      const int64_t* const size = params_.grad_mask_size;
+      parallel_for(size[0] * size[1] * size[2], num_threads, [&](int64_t begin, int64_t end, int64_t) {
+        for (int64_t i = begin * size[3]; i < end * size[3]; ++i) params_.grad_mask[i] = 0.0f;
+      });
+      steps_done_ = std::vector<std::atomic<int64_t>>(num_chunks_ * heads);
+    }
     parallel_for_each(num_chunks_ * heads, num_threads, [&](int64_t piece) {
       const int64_t index = piece % heads;
-      chunk(index / p_.key_heads, index % p_.key_heads, piece / heads);
+      chunk(index / p_.key_heads, index % p_.key_heads, piece / heads, mask_turn(piece, index));
     });
     if (num_chunks_ == 1) return;
     const int64_t num_rows = p_.batch * p_.heads * p_.num_queries;
@@ -84,8 +97,22 @@ class Backward {
   }
 
  private:
+  // Pieces share tiles of the mask with the same chunk of other heads, or batches, or both.
+  MaskTurn mask_turn(int64_t piece, int64_t index) {
+    if (!adds_to_mask_) return {};
+    const bool shares_head = params_.grad_mask_size[1] == 1;
+    const bool shares_batch = params_.grad_mask_size[0] == 1;
+    int64_t back = 0;
+    if (shares_head && index % p_.key_heads > 0) {
+      back = 1;
+    } else if (shares_batch && index >= p_.key_heads) {
+      back = shares_head ? 1 : p_.key_heads;
+    }
+    return {back > 0 ? &steps_done_[piece - back] : nullptr, &steps_done_[piece], 0};
+  }
+
   // Keys [chunk * n, (chunk + 1) * n) of one key head of one sequence.
-  void chunk(int64_t sequence, int64_t key_head, int64_t chunk) {
+  void chunk(int64_t sequence, int64_t key_head, int64_t chunk, MaskTurn turn) {
     const Head first = head_of(p_, sequence, key_head * group_);
     const int64_t num_queries = first.num_queries;
     GradientWorkspace w;
@@ -106,7 +133,7 @@ class Backward {
         kGradientKeys;
     const int64_t end_key = minimum_of(first.num_keys, (chunk + 1) * chunk_keys);
     for (int64_t n0 = chunk * chunk_keys; n0 < end_key; n0 += kGradientKeys) {
-      key_block(sequence, key_head, n0, minimum_of(kGradientKeys, end_key - n0), w, grad_q);
+      key_block(sequence, key_head, n0, minimum_of(kGradientKeys, end_key - n0), w, grad_q, &turn);
     }
     if (!alone) return;
     for (int64_t g = 0; g < group_; ++g) {
@@ -118,7 +145,7 @@ class Backward {
   }
 
   void key_block(int64_t sequence, int64_t key_head, int64_t n0, int64_t num_keys,
-                 const GradientWorkspace& w, float* grad_q) {
+                 const GradientWorkspace& w, float* grad_q, MaskTurn* turn) {
     const Head first = head_of(p_, sequence, key_head * group_);
     const Keys<T> keys(p_, first, n0, num_keys, w);
     const Rows<T> key_rows_ = key_rows<T>(p_.k, first, n0, num_keys, p_.head_size);
@@ -130,13 +157,21 @@ class Backward {
     for (int64_t i = 0; i < num_keys * value_columns_; ++i) w.grad_v[i] = 0.0f;
     const int64_t begin = first.first_seeing_query(n0) / kGradientQueries * kGradientQueries;
     const int64_t end = first.end_seeing_query(n0 + num_keys - 1);
-    for (int64_t g = 0; g < group_; ++g) {
-      const Head h = head_of(p_, sequence, key_head * group_ + g);
-      const ScoreRule rule = score_rule(p_, h);
-      for (int64_t m0 = begin; m0 < end; m0 += kGradientQueries) {
-        const Block b = {n0, num_keys, m0, minimum_of(kGradientQueries, h.num_queries - m0)};
-        block(h, rule, b, keys, key_units, key_rows_, unsafe, w,
-              grad_q + (g * h.num_queries + m0) * columns_);
+    for (int64_t m0 = begin; m0 < end; m0 += kGradientQueries) {
+      const Block b = {n0, num_keys, m0, minimum_of(kGradientQueries, first.num_queries - m0)};
+      for (int64_t g = 0; g < group_; ++g) {
+        const Head h = head_of(p_, sequence, key_head * group_ + g);
+        const ScoreRule rule = score_rule(p_, h);
+        const Gradients<T> gradients = {params_, h, rule, dropout_, w, adds_to_mask_};
+        gradients.products(b, keys);
+        gradients.weigh(b);
+        if (adds_to_mask_) {
+          turn->wait();
+          add_mask_gradient(params_, h, b, w.mask);
+          turn->pass_on();
+        }
+        add_products(h, b, key_units, key_rows_, unsafe, w,
+                     grad_q + (g * h.num_queries + m0) * columns_);
       }
     }
     for (int64_t n = 0; n < num_keys; ++n) {
@@ -150,12 +185,9 @@ class Backward {
   }
 
   // Adds what the queries of a block contribute to all three gradients.
-  void block(const Head& h, const ScoreRule& rule, const Block& b, const Keys<T>& keys,
-             const RightOperand& key_units, const Rows<T>& key_rows_, const UnsafeRows& unsafe_keys,
-             const GradientWorkspace& w, float* grad_q) {
-    const Gradients<T> gradients = {params_, h, rule, dropout_, w};
-    gradients.products(b, keys);
-    gradients.weigh(b);
+  void add_products(const Head& h, const Block& b, const RightOperand& key_units,
+                    const Rows<T>& key_rows_, const UnsafeRows& unsafe_keys,
+                    const GradientWorkspace& w, float* grad_q) {
     const Rows<T> queries = query_rows<T>(p_.q, h, b.m0, b.num_queries, p_.head_size);
     const Rows<T> grads = query_rows<T>(params_.grad_out, h, b.m0, b.num_queries, p_.value_size);
     const int64_t num_units = units_of<Unit>(b.num_queries);
@@ -201,6 +233,8 @@ class Backward {
   const AttentionParams& p_;
   const ScoreDropout dropout_;
   const int64_t group_, num_chunks_, columns_, value_columns_;
+  const bool adds_to_mask_;
+  std::vector<std::atomic<int64_t>> steps_done_;  // of every piece
 };
 
 template <typename T>
@@ -209,7 +243,9 @@ void backward(const T* /*type*/, const AttentionBackwardParams& params, int num_
   if (p.heads == 0 || p.key_heads == 0) return;
   find_delta<T>(params, num_threads);
   Backward<T>(params).run(num_threads);
-  if (params.grad_mask != nullptr) MaskGradient<T>(params).run(num_threads);
+  if (params.grad_mask != nullptr && !has_mask_of_scores(params)) {
+    MaskGradient<T>(params).run(num_threads);
+  }
 }
 
 }  // namespace

@@ -217,7 +217,8 @@ inline float mask_value(T value) {
   return to_float(value);
 }
 
-// The additive mask of a block, tile[row * stride + query]; a bool mask becomes 0 and -Inf.
+// The additive mask of a block, tile[row * stride + query], where it is visible; a bool mask becomes
+// 0 and -Inf. The tile has whole lanes of rows.
 template <typename T>
 inline void load_mask(const AttentionParams& p, const Head& h, const Block& b, float* tile,
                       int64_t stride) {
@@ -233,12 +234,20 @@ inline void load_mask(const AttentionParams& p, const Head& h, const Block& b, f
     return;
   }
   alignas(64) float block[kLanes * kLanes] = {};
-  alignas(64) float transposed[kLanes * kLanes];
   for (int64_t m = 0; m < b.num_queries; m += kLanes) {
     const int64_t queries = minimum_of<int64_t>(kLanes, b.num_queries - m);
     for (int64_t n = 0; n < b.num_keys; n += kLanes) {
+      const Range seen = visible_vectors(h, b, n, minimum_of(b.num_keys, n + kLanes));
+      if (m < seen.first * kLanes || m >= seen.end * kLanes) continue;
       const int64_t keys = minimum_of<int64_t>(kLanes, b.num_keys - n);
       const T* const corner = mask + m * query_stride + n * key_stride;
+      uint32_t* const to = reinterpret_cast<uint32_t*>(tile + n * stride + m);
+      if constexpr (sizeof(T) == 4) {
+        if (key_stride == 1 && queries == kLanes && keys == kLanes) {
+          transpose_block(reinterpret_cast<const uint32_t*>(corner), query_stride, to, stride);
+          continue;
+        }
+      }
       for (int64_t i = 0; i < queries; ++i) {
         if (key_stride == 1) {
           mask_lanes(corner + i * query_stride, keys).store(block + i * kLanes);
@@ -248,11 +257,7 @@ inline void load_mask(const AttentionParams& p, const Head& h, const Block& b, f
           }
         }
       }
-      transpose_block(reinterpret_cast<const uint32_t*>(block), kLanes,
-                      reinterpret_cast<uint32_t*>(transposed), kLanes);
-      for (int64_t j = 0; j < keys; ++j) {
-        Lanes::load(transposed + j * kLanes).store(tile + (n + j) * stride + m);
-      }
+      transpose_block(reinterpret_cast<const uint32_t*>(block), kLanes, to, stride);
     }
   }
 }

@@ -25,7 +25,7 @@ struct GradientWorkspace {
   uint32_t* values;       // [kGradientKeys][units]
   float* grad_k;          // [kGradientKeys][padded head size]
   float* grad_v;          // [kGradientKeys][padded value size]
-  float* mask;            // [kGradientKeys][kGradientStride]
+  float* mask;            // [kGradientKeys][kGradientStride], then the gradients of its scores
   uint16_t* keep;         // [kGradientKeys][kGradientKeepStride]
   float* negative_lse;    // [kGradientQueries], -Inf where there is nothing
   float* delta;           // [kGradientQueries]
@@ -84,6 +84,7 @@ struct Gradients {
   const ScoreRule& rule;
   const ScoreDropout& dropout;
   const GradientWorkspace& w;
+  bool keeps_grad_scores;  // in place of the mask
 
   // Raw scores and gradients of weights, and what else weigh() reads.
   void products(const Block& b, const Keys<T>& keys) const {
@@ -189,6 +190,12 @@ struct Gradients {
           }
         }
         store(values_, n, v * kLanes);
+        if (!kPlain && keeps_grad_scores) {
+          for (int r = 0; r < kRows; ++r) {
+            float* const row = w.mask + (n + r) * kGradientStride + v * kLanes;
+            for (int i = 0; i < kVectors; ++i) values_[r][i].grad_score.store(row + i * kLanes);
+          }
+        }
       }
     }
   }

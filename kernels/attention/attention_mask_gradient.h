@@ -1,8 +1,9 @@
 // The gradient of an additive mask: that of the scores, summed over the dimensions in which the
-// mask is broadcast. A piece of work is a tile of the mask; it sums over all that share the tile,
-// in order, so that nothing larger than the mask is kept and no two threads write one element.
-// Weights and gradients are recomputed for it: two products more.
+// mask is broadcast.
 #pragma once
+
+#include <atomic>
+#include <thread>
 
 #include "../common/parallel.h"
 #include "../common/workspace.h"
@@ -10,6 +11,57 @@
 
 namespace pyfast::PYFAST_ISA {
 
+// True where each score has an element of the mask, though heads and batches may share it: the
+// backward pass then adds the gradients of each block as it goes.
+inline bool has_mask_of_scores(const AttentionBackwardParams& params) {
+  return params.grad_mask != nullptr && params.grad_mask_size[2] == params.forward.num_queries &&
+         params.grad_mask_size[3] == params.forward.num_keys;
+}
+
+// Who adds to a tile of the mask that several pieces of work share: each after the one before it,
+// so that sums have one order, whatever the threads. All pieces go through the same steps.
+struct MaskTurn {
+  const std::atomic<int64_t>* previous;  // steps that the piece before has done, or null
+  std::atomic<int64_t>* done;
+  int64_t step;
+
+  void wait() const {
+    if (previous == nullptr) return;
+    while (previous->load(std::memory_order_acquire) <= step) std::this_thread::yield();
+  }
+  void pass_on() { done->store(++step, std::memory_order_release); }
+};
+
+// grad_mask += the gradients of the scores of a block, which lie where its mask was.
+inline void add_mask_gradient(const AttentionBackwardParams& params, const Head& h, const Block& b,
+                              const float* grad_scores) {
+  const int64_t* const size = params.grad_mask_size;
+  const int64_t batch = size[0] == 1 ? 0 : h.batch, head = size[1] == 1 ? 0 : h.head;
+  float* const to = params.grad_mask + ((batch * size[1] + head) * size[2] + b.m0) * size[3] + b.n0;
+  alignas(64) float transposed[kLanes * kLanes];
+  for (int64_t m = 0; m < b.num_queries; m += kLanes) {
+    const int64_t queries = minimum_of<int64_t>(kLanes, b.num_queries - m);
+    const Range rows = visible_rows(h, b, m, m + queries);
+    for (int64_t n = rows.first / kLanes * kLanes; n < rows.end; n += kLanes) {
+      const int64_t keys = minimum_of<int64_t>(kLanes, b.num_keys - n);
+      transpose_block(reinterpret_cast<const uint32_t*>(grad_scores + n * kGradientStride + m),
+                      kGradientStride, reinterpret_cast<uint32_t*>(transposed), kLanes);
+      for (int64_t i = 0; i < queries; ++i) {
+        float* const at = to + (m + i) * size[3] + n;
+        const Lanes sum = load_lanes_of(at, keys) + Lanes::load(transposed + i * kLanes);
+        if (keys == kLanes) {
+          sum.store(at);
+        } else {
+          sum.store(at, static_cast<int>(keys));
+        }
+      }
+    }
+  }
+}
+
+// The gradient of a mask that is broadcast over queries or keys, in a pass of its own. A piece of
+// work is a tile of the mask; it sums over all that share the tile, in order, so that nothing larger
+// than the mask is kept. Weights and gradients are recomputed for it: two products more.
 template <typename T>
 class MaskGradient {
  public:
@@ -51,7 +103,7 @@ class MaskGradient {
       for (int64_t z = heads.first; z < heads.end; ++z) {
         const Head h = head_of(p_, b, z);
         const ScoreRule rule = score_rule(p_, h);
-        const Gradients<T> gradients = {params_, h, rule, dropout_, w};
+        const Gradients<T> gradients = {params_, h, rule, dropout_, w, false};
         for (int64_t j = keys.first; j < keys.end; ++j) {
           const int64_t n0 = j * kGradientKeys;
           const int64_t num_keys = minimum_of(kGradientKeys, p_.num_keys - n0);

@@ -4,6 +4,7 @@
 // OpenMP pool do not exist there, and a parallel region would wait for them forever.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace pyfast {
@@ -36,7 +37,8 @@ inline void parallel_for(int64_t num_pieces, int64_t num_threads, const F& f) {
 }
 
 // Calls f(piece) for every piece, on whichever thread is free: for pieces that differ in cost, and
-// whose results do not depend on who computes them.
+// whose results do not depend on who computes them. They are begun in order, so that a piece may
+// wait for an earlier one.
 template <typename F>
 inline void parallel_for_each(int64_t num_pieces, int64_t num_threads, const F& f) {
   if (num_threads > num_pieces) num_threads = num_pieces;
@@ -44,8 +46,9 @@ inline void parallel_for_each(int64_t num_pieces, int64_t num_threads, const F& 
     for (int64_t piece = 0; piece < num_pieces; ++piece) f(piece);
     return;
   }
-#pragma omp parallel for num_threads(static_cast<int>(num_threads)) schedule(dynamic, 1)
-  for (int64_t piece = 0; piece < num_pieces; ++piece) f(piece);
+  std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(static_cast<int>(num_threads))
+  for (int64_t piece = next++; piece < num_pieces; piece = next++) f(piece);
 }
 
 }  // namespace pyfast::PYFAST_ISA
