@@ -160,7 +160,11 @@ struct ScoreRule {
   bool has_mask;
   // True where scores are more than `scale` times the product: each is then computed by score().
   bool is_modified;
+  bool has_key_scale;
 
+  bool only_has_mask() const {
+    return has_mask && softcap == 0.0f && !has_slopes && !has_key_scale;
+  }
   // What a difference of two scores, as they are in memory, is in units of log2.
   float log2_factor() const { return is_modified ? kLog2E : scale * kLog2E; }
 };
@@ -168,11 +172,17 @@ struct ScoreRule {
 inline ScoreRule score_rule(const AttentionParams& p, const Head& h) {
   ScoreRule rule = {
       p.scale, p.softcap, h.slope, p.alibi_slopes != nullptr, p.mask_type != MaskType::kNone,
-      false};
+      false, p.k_scale.data != nullptr};
   const bool ordinary = p.scale > 0.0f && p.scale < kInfinity;
   rule.is_modified = !ordinary || rule.softcap > 0.0f || rule.has_slopes || rule.has_mask ||
-                     p.sinks != nullptr || p.k_scale.data != nullptr;
+                     p.sinks != nullptr || rule.has_key_scale;
   return rule;
+}
+
+// -Inf hides whatever the score is.
+PYFAST_ALWAYS_INLINE Lanes masked(Lanes s, Lanes bias) {
+  const Lanes hidden = Lanes::broadcast(-kInfinity);
+  return select(equal(bias, hidden), hidden, s + bias);
 }
 
 // The raw product scaled, capped, biased and masked. `derivative` is that
@@ -186,11 +196,7 @@ PYFAST_ALWAYS_INLINE Lanes score(const ScoreRule& rule, Lanes raw, Lanes distanc
     *derivative = Lanes::broadcast(1.0f) - t * t;
   }
   if (rule.has_slopes) s = s - Lanes::broadcast(rule.slope) * magnitude(distance);
-  if (rule.has_mask) {
-    const Lanes hidden = Lanes::broadcast(-kInfinity);
-    s = select(equal(bias, hidden), hidden, s + bias);
-  }
-  return s;
+  return rule.has_mask ? masked(s, bias) : s;
 }
 
 // i' - j of the lanes.

@@ -70,7 +70,7 @@ Lanes find_top(const Context& x, const Block& b, int64_t query, Range rows, Rang
     for (int64_t n = begin; n < end; ++n) {
       Lanes s = Lanes::load(column + n * kScoreStride);
       if (rule.is_modified) {
-        if (x.p.k_scale.data != nullptr) {
+        if (rule.has_key_scale) {
           s = s *
               Lanes::broadcast(*row_pointer<float>(x.p.k_scale, x.h.batch, x.h.key_head, b.n0 + n));
         }
@@ -85,20 +85,29 @@ Lanes find_top(const Context& x, const Block& b, int64_t query, Range rows, Rang
       top = maximum(s, top);
     }
   };
-  if (rule.is_modified || inner.first == inner.end) {
+  const bool masks_only = rule.only_has_mask();
+  if ((rule.is_modified && !masks_only) || inner.first == inner.end) {
     edges(rows.first, rows.end);
     return top;
   }
   edges(rows.first, inner.first);
   Lanes tops[4] = {top, hidden, hidden, hidden};
+  const Lanes scale = Lanes::broadcast(rule.scale);
+  auto inside = [&](int64_t n, int i) __attribute__((always_inline)) {
+    float* const at = column + n * kScoreStride;
+    Lanes s = Lanes::load(at);
+    if (masks_only) {
+      s = masked(s * scale, Lanes::load(x.w.mask + n * kScoreStride + query));
+      s.store(at);
+    }
+    tops[i] = maximum(s, tops[i]);
+  };
   int64_t n = inner.first;
   for (; n + 4 <= inner.end; n += 4) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      tops[i] = maximum(Lanes::load(column + (n + i) * kScoreStride), tops[i]);
-    }
+    for (int i = 0; i < 4; ++i) inside(n + i, i);
   }
-  for (; n < inner.end; ++n) tops[0] = maximum(Lanes::load(column + n * kScoreStride), tops[0]);
+  for (; n < inner.end; ++n) inside(n, 0);
   top = maximum(maximum(tops[0], tops[1]), maximum(tops[2], tops[3]));
   edges(inner.end, rows.end);
   return top;
