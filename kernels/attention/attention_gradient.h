@@ -16,8 +16,8 @@ struct GradientWorkspace {
   float* scores;          // [kGradientKeys][kGradientStride], then weights as units along queries
   float* grads;           // the same: gradients of weights, then of scores
   uint32_t* pairs;        // [kGradientKeys / 2][kGradientStride] of scores, pairs along keys
-  uint32_t* queries;      // [units][kGradientQueries] transposed
-  uint32_t* grad_out;     // [units][kGradientQueries] transposed
+  uint32_t* queries;      // [units][kGradientStride] transposed
+  uint32_t* grad_out;     // [units][kGradientStride] transposed
   uint32_t* query_units;  // [kGradientQueries][padded head size]
   uint32_t* value_units;  // [kGradientQueries][padded value size], of grad_out
   uint32_t* key_units;    // [kGradientKeys][padded head size]
@@ -42,8 +42,8 @@ struct GradientWorkspace {
     take(scores, kScores);
     take(grads, kScores);
     take(pairs, kScores / 2);
-    take(queries, size * kGradientQueries);
-    take(grad_out, value_size * kGradientQueries);
+    take(queries, size * kGradientStride);
+    take(grad_out, value_size * kGradientStride);
     take(query_units, size * kGradientQueries);
     take(value_units, value_size * kGradientQueries);
     take(key_units, size * kGradientKeys);
@@ -90,19 +90,19 @@ struct Gradients {
   void products(const Block& b, const Keys<T>& keys) const {
     const AttentionParams& p = params.forward;
     pack_transposed<Unit>(query_rows<T>(p.q, h, b.m0, b.num_queries, p.head_size), w.queries,
-                          kGradientQueries);
+                          kGradientStride);
     pack_transposed<Unit>(query_rows<T>(params.grad_out, h, b.m0, b.num_queries, p.value_size),
-                          w.grad_out, kGradientQueries);
+                          w.grad_out, kGradientStride);
     auto extent = [&](int64_t num_units) {
       return [&, num_units](int64_t row, int64_t end) -> Extent {
         const Range vectors = visible_vectors(h, b, row, end);
         return {vectors.first, vectors.end, 0, num_units};
       };
     };
-    multiply<Unit, false>(keys.keys, {w.queries, kGradientQueries},
+    multiply<Unit, false>(keys.keys, {w.queries, kGradientStride},
                           {w.scores, kGradientStride, false}, b.num_keys, b.num_vectors(),
                           extent(units_of<Unit>(p.head_size)));
-    multiply<Unit, false>(keys.values, {w.grad_out, kGradientQueries},
+    multiply<Unit, false>(keys.values, {w.grad_out, kGradientStride},
                           {w.grads, kGradientStride, false}, b.num_keys, b.num_vectors(),
                           extent(units_of<Unit>(p.value_size)));
     load_mask_tile(p, h, b, w.mask, kGradientStride);
