@@ -221,6 +221,10 @@ void attention_backward(const Tensor& grad_out, const Tensor& grad_lse, const Te
   const int64_t scratch = attention_backward_scratch_size(p);
   const ScratchBlock block(scratch * static_cast<int64_t>(sizeof(float)));
   params.scratch = static_cast<float*>(block.data());
+  const ScratchBlock steps(params.grad_mask == nullptr
+                               ? 0
+                               : num_backward_pieces(p) * static_cast<int64_t>(sizeof(Counter)));
+  params.mask_steps = static_cast<Counter*>(steps.data());
   run_cpu_kernel(params, num_threads, attention_backward_cpu_table);
 }
 

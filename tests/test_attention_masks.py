@@ -303,3 +303,24 @@ def test_dropout_and_groups(backend: Backend, threads: int) -> None:
         Case((2, 3), 2, 9, 9, p=0.3),
     ):
         check(call, case)
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("mask_shape", [(1, 1), (3, 1), (1, 4)], ids=str)
+@pytest.mark.parametrize("key_heads", [1, 4])
+def test_shared_mask_has_one_order_of_sums(
+    backend: Backend, mask_shape: tuple[int, int], key_heads: int
+) -> None:
+    """Heads and sequences add to one gradient in turn, also with more threads than processors."""
+    q = normal(3, 4, 140, 8)
+    k, v = normal(2, 3, key_heads, 270, 8)
+    mask = normal(*mask_shape, 140, 270).requires_grad_()
+
+    def gradient(threads: int) -> Tensor:
+        torch.set_num_threads(threads)
+        return torch.autograd.grad(attention(q, k, v, mask, enable_gqa=True).sum(), mask)[0]
+
+    wanted = gradient(1)
+    for _ in range(20):
+        for threads in (2, 5):
+            assert_bits_equal(gradient(threads), wanted, "mask")

@@ -6,6 +6,7 @@
 
 #include "../common/dtype.h"
 #include "../common/isa.h"
+#include "../common/parallel.h"
 #include "../common/seed.h"
 
 namespace pyfast {
@@ -70,7 +71,8 @@ struct AttentionBackwardParams {
   HeadsView grad_v;
   float* grad_mask;  // contiguous, of the mask's sizes below, or null
   int64_t grad_mask_size[4];
-  float* scratch;  // attention_backward_scratch_size floats
+  Counter* mask_steps;  // num_backward_pieces of them where there is a grad_mask
+  float* scratch;       // attention_backward_scratch_size floats
 };
 
 // Keys are cut into chunks that are worked on independently, each with its own sum for grad_q:
@@ -85,6 +87,11 @@ inline int64_t num_key_chunks(const AttentionParams& p) {
   const int64_t wanted = (kEnoughPieces + heads - 1) / heads;
   const int64_t most = p.num_keys / kMinChunkKeys;
   return wanted < most ? wanted : (most > 1 ? most : 1);
+}
+
+inline int64_t num_backward_pieces(const AttentionParams& p) {
+  const int64_t sequences = p.cu_seqlens_q != nullptr ? p.num_sequences : p.batch;
+  return num_key_chunks(p) * sequences * p.key_heads;
 }
 
 inline int64_t padded_size(int64_t size) { return (size + 15) / 16 * 16; }

@@ -5,9 +5,6 @@
 // at the end. The gradient of a mask costs one more pass over the block, in cache, and the turns in
 // which heads add to it. Bound by arithmetic: 10 * E flops a visible score. Nothing depends on the
 // threads.
-#include <atomic>
-#include <vector>
-
 #include "../common/parallel.h"
 #include "../common/workspace.h"
 #include "attention.h"
@@ -34,6 +31,8 @@ void store_scaled(const float* from, int64_t chunk_stride, int64_t num_chunks, f
   }
 }
 
+constexpr int64_t kDeltaRows = 16;
+
 // delta = sum(grad_out * out) - grad_lse of every query.
 template <typename T>
 void find_delta(const AttentionBackwardParams& params, int num_threads) {
@@ -41,17 +40,24 @@ void find_delta(const AttentionBackwardParams& params, int num_threads) {
   const int64_t num_rows = p.batch * p.heads * p.num_queries;
   parallel_for(num_rows, num_rows * p.value_size < 16384 ? 1 : num_threads,
                [&](int64_t begin, int64_t end, int64_t) {
-                 for (int64_t i = begin; i < end; ++i) {
+                 for (int64_t i = begin; i < end;) {
                    const int64_t row = i % p.num_queries, head = i / p.num_queries % p.heads;
                    const int64_t batch = i / p.num_queries / p.heads;
-                   const T* grad = row_pointer<T>(params.grad_out, batch, head, row);
-                   const T* out = row_pointer<T>(p.out, batch, head, row);
-                   Lanes sum = Lanes::broadcast(0.0f);
-                   for (int64_t j = 0; j < p.value_size; j += kLanes) {
-                     sum = fused(load_lanes_of(grad + j, p.value_size - j),
-                                 load_lanes_of(out + j, p.value_size - j), sum);
+                   const int64_t count =
+                       minimum_of(minimum_of<int64_t>(end - i, kDeltaRows), p.num_queries - row);
+                   const Rows<T> grads =
+                       rows_of<T>(params.grad_out, batch, head, row, count, p.value_size);
+                   const Rows<T> outs = rows_of<T>(p.out, batch, head, row, count, p.value_size);
+                   prefetch(grads);
+                   prefetch(outs);
+                   for (int64_t r = 0; r < count; ++r, ++i) {
+                     Lanes sum = Lanes::broadcast(0.0f);
+                     for (int64_t j = 0; j < p.value_size; j += kLanes) {
+                       sum = fused(load_lanes_of(grads.row(r) + j, p.value_size - j),
+                                   load_lanes_of(outs.row(r) + j, p.value_size - j), sum);
+                     }
+                     params.delta[i] = sum.sum() - params.grad_lse[i];
                    }
-                   params.delta[i] = sum.sum() - params.grad_lse[i];
                  }
                });
 }
@@ -72,15 +78,17 @@ class Backward {
         adds_to_mask_(has_mask_of_scores(params)) {}
 
   void run(int num_threads) {
-    const int64_t heads = num_sequences(p_) * p_.key_heads;
+    const int64_t pieces = num_backward_pieces(p_), heads = pieces / num_chunks_;
     if (adds_to_mask_) {
       const int64_t* const size = params_.grad_mask_size;
-      parallel_for(size[0] * size[1] * size[2], num_threads, [&](int64_t begin, int64_t end, int64_t) {
-        for (int64_t i = begin * size[3]; i < end * size[3]; ++i) params_.grad_mask[i] = 0.0f;
-      });
-      steps_done_ = std::vector<std::atomic<int64_t>>(num_chunks_ * heads);
+      parallel_for(size[0] * size[1] * size[2], num_threads,
+                   [&](int64_t begin, int64_t end, int64_t) {
+                     for (int64_t i = begin * size[3]; i < end * size[3]; ++i)
+                       params_.grad_mask[i] = 0.0f;
+                   });
+      for (int64_t i = 0; i < pieces; ++i) params_.mask_steps[i] = Counter();
     }
-    parallel_for_each(num_chunks_ * heads, num_threads, [&](int64_t piece) {
+    parallel_for_each(pieces, num_threads, [&](int64_t piece) {
       const int64_t index = piece % heads;
       chunk(index / p_.key_heads, index % p_.key_heads, piece / heads, mask_turn(piece, index));
     });
@@ -98,7 +106,7 @@ class Backward {
 
  private:
   // Pieces share tiles of the mask with the same chunk of other heads, or batches, or both.
-  MaskTurn mask_turn(int64_t piece, int64_t index) {
+  MaskTurn mask_turn(int64_t piece, int64_t index) const {
     if (!adds_to_mask_) return {};
     const bool shares_head = params_.grad_mask_size[1] == 1;
     const bool shares_batch = params_.grad_mask_size[0] == 1;
@@ -108,7 +116,7 @@ class Backward {
     } else if (shares_batch && index >= p_.key_heads) {
       back = shares_head ? 1 : p_.key_heads;
     }
-    return {back > 0 ? &steps_done_[piece - back] : nullptr, &steps_done_[piece], 0};
+    return {back > 0 ? &params_.mask_steps[piece - back] : nullptr, &params_.mask_steps[piece], 0};
   }
 
   // Keys [chunk * n, (chunk + 1) * n) of one key head of one sequence.
@@ -147,6 +155,11 @@ class Backward {
   void key_block(int64_t sequence, int64_t key_head, int64_t n0, int64_t num_keys,
                  const GradientWorkspace& w, float* grad_q, MaskTurn* turn) {
     const Head first = head_of(p_, sequence, key_head * group_);
+    const int64_t begin = first.first_seeing_query(n0) / kGradientQueries * kGradientQueries;
+    const int64_t end = first.end_seeing_query(n0 + num_keys - 1);
+    prefetch_queries(first, begin, end);
+    prefetch(key_rows<T>(p_.k, first, n0, num_keys, p_.head_size));
+    prefetch(key_rows<T>(p_.v, first, n0, num_keys, p_.value_size));
     const Keys<T> keys(p_, first, n0, num_keys, w);
     const Rows<T> key_rows_ = key_rows<T>(p_.k, first, n0, num_keys, p_.head_size);
     UnsafeRows unsafe;
@@ -155,8 +168,6 @@ class Backward {
         safe_right_operand<Unit>(key_rows_, w.key_units, columns_, unsafe);
     for (int64_t i = 0; i < num_keys * columns_; ++i) w.grad_k[i] = 0.0f;
     for (int64_t i = 0; i < num_keys * value_columns_; ++i) w.grad_v[i] = 0.0f;
-    const int64_t begin = first.first_seeing_query(n0) / kGradientQueries * kGradientQueries;
-    const int64_t end = first.end_seeing_query(n0 + num_keys - 1);
     for (int64_t m0 = begin; m0 < end; m0 += kGradientQueries) {
       const Block b = {n0, num_keys, m0, minimum_of(kGradientQueries, first.num_queries - m0)};
       for (int64_t g = 0; g < group_; ++g) {
@@ -164,11 +175,16 @@ class Backward {
         const ScoreRule rule = score_rule(p_, h);
         const Gradients<T> gradients = {params_, h, rule, dropout_, w, adds_to_mask_};
         gradients.products(b, keys);
+        if (g + 1 < group_) {
+          prefetch_queries(head_of(p_, sequence, key_head * group_ + g + 1), m0, end);
+        } else {
+          prefetch_queries(first, m0 + kGradientQueries, end);
+        }
         gradients.weigh(b);
         if (adds_to_mask_) {
-          turn->wait();
+          if (g == 0) turn->wait();
           add_mask_gradient(params_, h, b, w.mask);
-          turn->pass_on();
+          if (g + 1 == group_) turn->pass_on();
         }
         add_products(h, b, key_units, key_rows_, unsafe, w,
                      grad_q + (g * h.num_queries + m0) * columns_);
@@ -182,6 +198,13 @@ class Backward {
                    dropout_.threshold != 0 ? dropout_.scale : 1.0f,
                    row_pointer<T>(params_.grad_v, first.batch, key_head, row), p_.value_size);
     }
+  }
+
+  void prefetch_queries(const Head& h, int64_t m0, int64_t end) const {
+    if (m0 >= end) return;
+    const int64_t count = minimum_of(kGradientQueries, end - m0);
+    prefetch(query_rows<T>(p_.q, h, m0, count, p_.head_size));
+    prefetch(query_rows<T>(params_.grad_out, h, m0, count, p_.value_size));
   }
 
   // Adds what the queries of a block contribute to all three gradients.
@@ -234,7 +257,6 @@ class Backward {
   const ScoreDropout dropout_;
   const int64_t group_, num_chunks_, columns_, value_columns_;
   const bool adds_to_mask_;
-  std::vector<std::atomic<int64_t>> steps_done_;  // of every piece
 };
 
 template <typename T>

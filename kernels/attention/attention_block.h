@@ -170,9 +170,13 @@ struct ScoreRule {
 };
 
 inline ScoreRule score_rule(const AttentionParams& p, const Head& h) {
-  ScoreRule rule = {
-      p.scale, p.softcap, h.slope, p.alibi_slopes != nullptr, p.mask_type != MaskType::kNone,
-      false, p.k_scale.data != nullptr};
+  ScoreRule rule = {p.scale,
+                    p.softcap,
+                    h.slope,
+                    p.alibi_slopes != nullptr,
+                    p.mask_type != MaskType::kNone,
+                    false,
+                    p.k_scale.data != nullptr};
   const bool ordinary = p.scale > 0.0f && p.scale < kInfinity;
   rule.is_modified = !ordinary || rule.softcap > 0.0f || rule.has_slopes || rule.has_mask ||
                      p.sinks != nullptr || rule.has_key_scale;
@@ -223,8 +227,8 @@ inline float mask_value(T value) {
   return to_float(value);
 }
 
-// The additive mask of a block, tile[row * stride + query], where it is visible; a bool mask becomes
-// 0 and -Inf. The tile has whole lanes of rows.
+// The additive mask of a block, tile[row * stride + query], where it is visible; a bool mask
+// becomes 0 and -Inf. The tile has whole lanes of rows.
 template <typename T>
 inline void load_mask(const AttentionParams& p, const Head& h, const Block& b, float* tile,
                       int64_t stride) {

@@ -198,18 +198,25 @@ void attend(const Context& x, int64_t m0, int64_t num_queries) {
     w.top[m] = sink;
     w.sum[m] = sink == -kInfinity ? 0.0f : 1.0f;
   }
+  const int64_t first_key = h.first_visible_key(m0) / kGroupKeys * kGroupKeys;
+  const int64_t end_key = h.end_visible_key(m0 + num_queries - 1);
+  prefetch(query_rows<T>(p.q, h, m0, num_queries, p.head_size));
+  auto prefetch_keys = [&](int64_t n0) {
+    const int64_t num_keys = minimum_of(kKeyBlock, end_key - n0);
+    if (num_keys > 0) prefetch(key_rows<TK>(p.k, h, n0, num_keys, p.head_size));
+  };
+  prefetch_keys(first_key);
   for (int64_t i = 0; i < num_queries * value_columns; ++i) w.out[i] = 0.0f;
   pack_transposed<Unit>(query_rows<T>(p.q, h, m0, num_queries, p.head_size), w.queries,
                         kQueryBlock);
   const RightOperand queries = {w.queries, kQueryBlock};
-  const int64_t first_key = h.first_visible_key(m0) / kGroupKeys * kGroupKeys;
-  const int64_t end_key = h.end_visible_key(m0 + num_queries - 1);
   const bool may_hide =
       x.dropout.threshold != 0 || x.rule.has_mask || h.left < kFar || h.right < kFar;
   for (int64_t n0 = first_key; n0 < end_key; n0 += kKeyBlock) {
     const Block b = {n0, minimum_of(kKeyBlock, end_key - n0), m0, num_queries};
     const LeftOperand keys =
         left_operand<Unit>(key_rows<TK>(p.k, h, n0, b.num_keys, p.head_size), w.keys);
+    prefetch(key_rows<TK>(p.v, h, n0, b.num_keys, p.value_size));
     multiply<Unit, false>(keys, queries, {w.scores, kScoreStride, false}, b.num_keys,
                           b.num_vectors(), [&](int64_t row, int64_t end) -> Extent {
                             const Range vectors = visible_vectors(h, b, row, end);
@@ -218,6 +225,7 @@ void attend(const Context& x, int64_t m0, int64_t num_queries) {
     load_mask_tile(p, h, b, w.mask, kScoreStride);
     if (x.dropout.threshold != 0) draw_keep_bits(x.dropout, p, h, b, w.keep, kKeepStride);
     softmax<Unit, UnitOf<T>::kExpDegree>(x, b);
+    prefetch_keys(n0 + kKeyBlock);
     if (n0 != first_key || p.sinks != nullptr) {
       for (int64_t m = 0; m < num_queries; ++m) {
         if (w.shrink[m] == 1.0f) continue;

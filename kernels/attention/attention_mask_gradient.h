@@ -2,9 +2,6 @@
 // mask is broadcast.
 #pragma once
 
-#include <atomic>
-#include <thread>
-
 #include "../common/parallel.h"
 #include "../common/workspace.h"
 #include "attention_gradient.h"
@@ -21,15 +18,14 @@ inline bool has_mask_of_scores(const AttentionBackwardParams& params) {
 // Who adds to a tile of the mask that several pieces of work share: each after the one before it,
 // so that sums have one order, whatever the threads. All pieces go through the same steps.
 struct MaskTurn {
-  const std::atomic<int64_t>* previous;  // steps that the piece before has done, or null
-  std::atomic<int64_t>* done;
+  const Counter* previous;  // steps that the piece before has done, or null
+  Counter* done;
   int64_t step;
 
   void wait() const {
-    if (previous == nullptr) return;
-    while (previous->load(std::memory_order_acquire) <= step) std::this_thread::yield();
+    if (previous != nullptr) previous->wait_above(step);
   }
-  void pass_on() { done->store(++step, std::memory_order_release); }
+  void pass_on() { step = done->next() + 1; }
 };
 
 // grad_mask += the gradients of the scores of a block, which lie where its mask was.
@@ -60,8 +56,8 @@ inline void add_mask_gradient(const AttentionBackwardParams& params, const Head&
 }
 
 // The gradient of a mask that is broadcast over queries or keys, in a pass of its own. A piece of
-// work is a tile of the mask; it sums over all that share the tile, in order, so that nothing larger
-// than the mask is kept. Weights and gradients are recomputed for it: two products more.
+// work is a tile of the mask; it sums over all that share the tile, in order, so that nothing
+// larger than the mask is kept. Weights and gradients are recomputed for it: two products more.
 template <typename T>
 class MaskGradient {
  public:

@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 namespace pyfast {
 namespace {
@@ -12,5 +13,7 @@ void install_fork_handler() {
 }
 
 bool is_forked_child() { return forked_child; }
+
+void Counter::yield() { sched_yield(); }
 
 }  // namespace pyfast

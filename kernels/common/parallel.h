@@ -4,7 +4,6 @@
 // OpenMP pool do not exist there, and a parallel region would wait for them forever.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 
 namespace pyfast {
@@ -14,6 +13,24 @@ void install_fork_handler();
 
 // True in a child of a process that had loaded this module.
 bool is_forked_child();
+
+// A count that threads raise and wait for. (<atomic> is not for kernels: they are compiled for
+// several instruction sets, and what it defines inline would be linked from any of them.)
+class Counter {
+ public:
+  // Raises the count; returns what it was.
+  __attribute__((always_inline)) int64_t next() {
+    return __atomic_fetch_add(&count_, 1, __ATOMIC_ACQ_REL);
+  }
+  // Returns once the count is above `value`.
+  __attribute__((always_inline)) void wait_above(int64_t value) const {
+    while (__atomic_load_n(&count_, __ATOMIC_ACQUIRE) <= value) yield();
+  }
+
+ private:
+  static void yield();
+  int64_t count_ = 0;
+};
 
 }  // namespace pyfast
 
@@ -46,9 +63,9 @@ inline void parallel_for_each(int64_t num_pieces, int64_t num_threads, const F& 
     for (int64_t piece = 0; piece < num_pieces; ++piece) f(piece);
     return;
   }
-  std::atomic<int64_t> next{0};
+  Counter begun;
 #pragma omp parallel num_threads(static_cast<int>(num_threads))
-  for (int64_t piece = next++; piece < num_pieces; piece = next++) f(piece);
+  for (int64_t piece = begun.next(); piece < num_pieces; piece = begun.next()) f(piece);
 }
 
 }  // namespace pyfast::PYFAST_ISA
