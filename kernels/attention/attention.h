@@ -104,10 +104,11 @@ inline int64_t attention_backward_scratch_size(const AttentionParams& p) {
 
 // A few queries over many keys: bound by the bytes of keys and values. The queries that share a key
 // head are rows that read its keys together, and the keys are cut into splits, each with its own
-// softmax, that are combined at the end. Where there are heads enough, more rows than kFewRows are
-// blocks of queries as any other.
+// softmax, that are combined at the end. A block of queries of one head would leave most of its
+// lanes empty, and each head would read the keys again.
 constexpr int64_t kFewRows = 16;
-constexpr int64_t kMaxDecodeRows = 64;
+constexpr int64_t kFewQueries = 8;
+constexpr int64_t kMaxDecodeRows = 256;
 constexpr int64_t kMinSplitKeys = 256;
 
 inline int64_t decode_rows(const AttentionParams& p) {
@@ -118,8 +119,7 @@ inline bool is_decode(const AttentionParams& p) {
   if (p.key_heads == 0 || p.cu_seqlens_q != nullptr || p.threshold != 0) return false;
   if (p.mask_type != MaskType::kNone) return false;
   const int64_t rows = decode_rows(p);
-  return rows <= kFewRows ||
-         (p.num_queries <= 8 && rows <= kMaxDecodeRows && p.batch * p.heads < 32);
+  return rows <= kFewRows || (p.num_queries <= kFewQueries && rows <= kMaxDecodeRows);
 }
 
 inline int64_t num_splits(const AttentionParams& p) {

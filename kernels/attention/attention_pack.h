@@ -17,13 +17,15 @@ struct Rows {
   const T* row(int64_t r) const { return data + r * stride; }
 };
 
-// Asks for the rows ahead of their use: the hardware does not follow strides of pages.
+// Asks for rows ahead of their use, into L2: the hardware does not follow strides of pages.
+template <typename T>
+PYFAST_ALWAYS_INLINE void prefetch_row(const T* row, int64_t size) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t j = 0; j < size; j += kLine) __builtin_prefetch(row + j, 0, 2);
+}
 template <typename T>
 inline void prefetch(const Rows<T>& rows) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t r = 0; r < rows.count; ++r) {
-    for (int64_t j = 0; j < rows.size; j += kLine) __builtin_prefetch(rows.row(r) + j, 0, 2);
-  }
+  for (int64_t r = 0; r < rows.count; ++r) prefetch_row(rows.row(r), rows.size);
 }
 
 inline float to_float(int8_t value) { return static_cast<float>(value); }
