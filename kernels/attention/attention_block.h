@@ -191,7 +191,7 @@ PYFAST_ALWAYS_INLINE Lanes masked(Lanes s, Lanes bias) {
 
 // The raw product scaled, capped, biased and masked. `derivative` is that
 // of the cap. `bias` is the additive mask.
-PYFAST_ALWAYS_INLINE Lanes score(const ScoreRule& rule, Lanes raw, Lanes distance, Lanes bias,
+PYFAST_LANE_FUNCTION Lanes score(const ScoreRule& rule, Lanes raw, Lanes distance, Lanes bias,
                                  Lanes* derivative) {
   Lanes s = raw * Lanes::broadcast(rule.scale);
   if (rule.softcap > 0.0f) {

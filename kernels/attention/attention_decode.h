@@ -9,7 +9,13 @@
 namespace pyfast::PYFAST_ISA {
 
 constexpr int64_t kChunkKeys = 128;
-constexpr int64_t kRowsAtOnce = 4;
+#if defined(__AVX512F__)
+constexpr int kRowsAtOnce = 4;
+#elif defined(__AVX2__)
+constexpr int kRowsAtOnce = 2;
+#else
+constexpr int kRowsAtOnce = 1;
+#endif
 constexpr int64_t kAheadBytes = 12288;
 
 // Scratch of a thread; rows are the queries that share a key head.
@@ -83,6 +89,11 @@ PYFAST_ALWAYS_INLINE Lanes dot_units(Lanes a, Lanes b, Lanes sum) {
   if constexpr (Unit::kElements == 1) return fused(a, b, sum);
 }
 
+template <int kValue>
+struct Number {
+  static constexpr int value = kValue;
+};
+
 // int8 caches multiply in float.
 template <typename T, typename TK>
 struct DecodeUnit {
@@ -140,21 +151,8 @@ class Decode {
   void chunk(int64_t n0, int64_t num_keys) {
     const Rows<TK> keys = key_rows<TK>(p_.k, first_, n0, num_keys, p_.head_size);
     const Rows<TK> values = key_rows<TK>(p_.v, first_, n0, num_keys, p_.value_size);
-    for (int64_t r = 0; r < rows_; r += kRowsAtOnce) {
-      switch (minimum_of(kRowsAtOnce, rows_ - r)) {
-        case 1:
-          multiply_keys<1>(r, keys, values);
-          break;
-        case 2:
-          multiply_keys<2>(r, keys, values);
-          break;
-        case 3:
-          multiply_keys<3>(r, keys, values);
-          break;
-        default:
-          multiply_keys<4>(r, keys, values);
-      }
-    }
+    for_rows<kRowsAtOnce>(
+        0, [&](auto count, int64_t r) { multiply_keys<decltype(count)::value>(r, keys, values); });
     bool whole = true;  // every row sees every key
     for (int64_t r = 0; r < rows_; ++r) {
       const Range range = seen(r, n0, num_keys);
@@ -167,21 +165,16 @@ class Decode {
       return;
     }
     const Range all = {0, num_keys};
-    for (int64_t r = 0; r < rows_; r += kRowsAtOnce) {
-      switch (minimum_of(kRowsAtOnce, rows_ - r)) {
-        case 1:
-          add_values<1, true>(r, values, keys, all);
-          break;
-        case 2:
-          add_values<2, true>(r, values, keys, all);
-          break;
-        case 3:
-          add_values<3, true>(r, values, keys, all);
-          break;
-        default:
-          add_values<4, true>(r, values, keys, all);
-      }
-    }
+    for_rows<kRowsAtOnce>(0, [&](auto count, int64_t r) {
+      add_values<decltype(count)::value, true>(r, values, keys, all);
+    });
+  }
+
+  // Calls f(number, first row) for rows from `row` on, up to kRows at once.
+  template <int kRows, typename F>
+  void for_rows(int64_t row, const F& f) const {
+    for (; row + kRows <= rows_; row += kRows) f(Number<kRows>(), row);
+    if constexpr (kRows > 1) for_rows<kRows - 1>(row, f);
   }
 
   // scores[row][n] = the raw product, four keys at a time; values are fetched on the way.
