@@ -1,5 +1,6 @@
 #include "workspace.h"
 
+#include <cstdio>
 #include <cstdlib>
 
 namespace pyfast {
@@ -19,7 +20,12 @@ void* thread_workspace(int64_t bytes) {
     std::free(block.data);
     const int64_t rounded = (bytes + 4095) / 4096 * 4096;
     block.data = std::aligned_alloc(4096, static_cast<size_t>(rounded));
-    block.bytes = block.data == nullptr ? 0 : rounded;
+    if (block.data == nullptr) {
+      std::fprintf(stderr, "pyfast: no memory for a workspace of %lld bytes\n",
+                   static_cast<long long>(rounded));
+      std::abort();
+    }
+    block.bytes = rounded;
   }
   return block.data;
 }

@@ -7,7 +7,8 @@
 
 namespace pyfast {
 
-// At least `bytes`, aligned to 64, until the next call on this thread; null when memory is short.
+// At least `bytes`, aligned to 64, until the next call on this thread. Where memory is short, the
+// process ends with a message: threads of a kernel have nobody to report to.
 void* thread_workspace(int64_t bytes);
 
 }  // namespace pyfast
