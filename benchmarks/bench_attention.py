@@ -1,5 +1,6 @@
 """Attention against torch's: full, causal, with dropout, with a mask that needs a gradient, in a
-window, and a decoder's step over a cache. The row ``matmul`` is one product of square matrices with
+window, and a decoder's step over the caches of several layers, more than a processor caches.
+The row ``matmul`` is one product of square matrices with
 as many operations: the machine's ceiling for the dtype."""
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ CHECK_SHAPE = (1, 3, 300, 64)
 FAST_DTYPES = (torch.float32, torch.bfloat16)
 WINDOW = 256
 DECODE_KEYS = 4096
+DECODE_LAYERS = 4
 
 
 def _heads(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -60,7 +62,7 @@ def _masked_inputs(shape: tuple[int, ...]) -> dict[str, Tensor]:
 
 def _decode_inputs(key_heads: int, shape: tuple[int, ...]) -> dict[str, Tensor]:
     batch, heads, _, size = shape
-    cache = (batch, math.gcd(key_heads, heads), DECODE_KEYS, size)
+    cache = (DECODE_LAYERS, batch, math.gcd(key_heads, heads), DECODE_KEYS, size)
     return {"query": normal(shape, 0), "key": normal(cache, 1), "value": normal(cache, 2)}
 
 
@@ -100,6 +102,29 @@ def _formula(
     return weights @ value
 
 
+def _each_layer(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One query over the caches of all layers."""
+
+    def call(query: Tensor, keys: Tensor, values: Tensor, p: float, **options: Any) -> Tensor:
+        pairs = zip(keys, values, strict=True)
+        return torch.stack([attend(query, k, v, dropout_p=p, **options) for k, v in pairs])
+
+    return call
+
+
+def _decode_computation(key_heads: int) -> Computation:
+    def formula(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+        return _formula(query, dropout_p, query, key, value)
+
+    return Computation(
+        functools.partial(_decode_inputs, key_heads),
+        functools.partial(_each_layer(F.scaled_dot_product_attention), enable_gqa=True),
+        functools.partial(_each_layer(pyfast_F.scaled_dot_product_attention), enable_gqa=True),
+        lambda keep, p, q, k, v: _each_layer(formula)(q, k, v, p),
+        mask_ndim=0,
+    )
+
+
 def _computation(kind: str, is_causal: bool = False) -> Computation:
     if kind == "window":
         return Computation(
@@ -114,8 +139,6 @@ def _computation(kind: str, is_causal: bool = False) -> Computation:
             mask_ndim=0,
         )
     options: dict[str, Any] = {"is_causal": is_causal}
-    if kind.startswith("decode"):
-        options["enable_gqa"] = True
 
     def torch_call(
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, p: float
@@ -127,11 +150,7 @@ def _computation(kind: str, is_causal: bool = False) -> Computation:
     ) -> Any:
         return pyfast_F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, **options, **more)
 
-    inputs: Callable[[tuple[int, ...]], dict[str, Tensor]] = _inputs
-    if kind == "mask":
-        inputs = _masked_inputs
-    elif kind.startswith("decode"):
-        inputs = functools.partial(_decode_inputs, int(kind.split()[1]))
+    inputs = _masked_inputs if kind == "mask" else _inputs
     formula = functools.partial(_formula, is_causal=is_causal)
     return Computation(inputs, torch_call, pyfast_call, formula, mask_ndim=0)
 
@@ -177,14 +196,14 @@ def _case(
 def _decode_matmul(key_heads: int, query: Tensor) -> Call:
     """The best formulation in torch: two products and a softmax."""
     inputs = _decode_inputs(key_heads, tuple(query.shape))
-    key, value = (inputs[name].to(query.dtype) for name in ("key", "value"))
-    grouped = query.view(query.shape[0], key.shape[1], -1, query.shape[-1])
+    keys, values = (inputs[name].to(query.dtype) for name in ("key", "value"))
+    grouped = query.view(query.shape[0], keys.shape[2], -1, query.shape[-1])
     scale = 1 / math.sqrt(query.shape[-1])
 
-    def call() -> Tensor:
+    def attend(key: Tensor, value: Tensor) -> Tensor:
         return ((grouped @ key.transpose(-1, -2)) * scale).softmax(-1) @ value
 
-    return call
+    return lambda: torch.stack([attend(k, v) for k, v in zip(keys, values, strict=True)])
 
 
 def _decode_read(key_heads: int, query: Tensor) -> Call:
@@ -197,11 +216,11 @@ def _decode_read(key_heads: int, query: Tensor) -> Call:
 def _decode_case(key_heads: int, dtype: torch.dtype) -> Case:
     return Case(
         op="attention",
-        name=f"decode over {DECODE_KEYS} keys, {key_heads} key heads",
+        name=f"decode, {DECODE_KEYS} keys, {key_heads} key heads, {DECODE_LAYERS} layers",
         shape=(1, 32, 1, 128),
         dtype=dtype,
-        computation=_computation(f"decode {key_heads}"),
-        num_passes=2 * DECODE_KEYS * key_heads // 32,
+        computation=_decode_computation(key_heads),
+        num_passes=2 * DECODE_LAYERS * DECODE_KEYS * key_heads // 32,
         p=0.0,
         compiles=False,
         others={
