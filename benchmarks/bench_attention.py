@@ -1,7 +1,7 @@
 """Attention against torch's: full, causal, with dropout, with a mask that needs a gradient, in a
-window, and a decoder's step over the caches of several layers, more than a processor caches.
-The row ``matmul`` is one product of square matrices with
-as many operations: the machine's ceiling for the dtype."""
+window, a decoder's step over the caches of several layers, more than a processor caches, and the
+training step of an encoder layer. The row ``matmul`` is one product of square matrices with as many
+operations: the machine's ceiling for the dtype."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pyfast.kernels.dropout.dropout_reference import attention_mask_reference
 from torch import Tensor
 
+import pyfast
 import pyfast.nn.functional as pyfast_F
 
 from .cases import (
@@ -44,6 +45,7 @@ FAST_DTYPES = (torch.float32, torch.bfloat16)
 WINDOW = 256
 DECODE_KEYS = 4096
 DECODE_LAYERS = 4
+LAYER_SHAPE = (4, 512, 768)
 
 
 def _heads(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -155,6 +157,63 @@ def _computation(kind: str, is_causal: bool = False) -> Computation:
     return Computation(inputs, torch_call, pyfast_call, formula, mask_ndim=0)
 
 
+@functools.cache
+def _layer(module: Any, size: int, p: float) -> torch.nn.Module:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(SEED)
+        layer: torch.nn.Module = module.TransformerEncoderLayer(
+            size, math.gcd(12, size), 4 * size, p, batch_first=True
+        )
+    return layer
+
+
+def _layer_inputs(shape: tuple[int, ...]) -> dict[str, Tensor]:
+    parameters = _layer(torch.nn, shape[-1], 0.0).named_parameters()
+    return {"x": normal(shape, 0), **{name: value.detach() for name, value in parameters}}
+
+
+def _layer_call(module: Any) -> Callable[..., Tensor]:
+    """A training step with respect to x and all parameters. A layer draws its own seeds: what the
+    check calls, with a seed, is the layer without dropout."""
+
+    def call(x: Tensor, *parameters: Tensor, p: float, seed: int | None = None) -> Tensor:
+        layer = _layer(module, x.shape[-1], p if seed is None else 0.0)
+        names = (name for name, _ in layer.named_parameters())
+        values = dict(zip(names, parameters, strict=True))
+        y: Tensor = torch.func.functional_call(layer, values, x)
+        return y
+
+    return call
+
+
+def _layer_flops(shape: tuple[int, ...]) -> int:
+    batch, length, size = shape
+    return 72 * batch * length * size**2 + _flops(1.0, True, (batch, 1, length, size))
+
+
+def _layer_case(dtype: torch.dtype) -> Case:
+    torch_layer = _layer_call(torch.nn)
+    return Case(
+        op="attention",
+        name="training step of TransformerEncoderLayer(768, 12, 3072, 0.1)",
+        shape=LAYER_SHAPE,
+        dtype=dtype,
+        computation=Computation(
+            _layer_inputs,
+            torch_layer,
+            _layer_call(pyfast.nn),
+            lambda keep, p, x, *parameters: torch_layer(x, *parameters, p=p, seed=SEED),
+            mask_ndim=0,
+        ),
+        num_passes=4,
+        backward=True,
+        flops=_layer_flops,
+        check_shape=(2, 40, 60),
+        compiles=False,
+        others={"matmul": functools.partial(_matmul, _layer_flops(LAYER_SHAPE))},
+    )
+
+
 def _flops(visible: float, backward: bool, shape: tuple[int, ...]) -> int:
     """Two products forward, five backward; ``visible`` is the share of the scores."""
     batch, heads, length, size = shape
@@ -243,6 +302,7 @@ CASES = [
     *(_case("mask", shape, torch.float32, True) for shape in SHAPES),
     *(_case("window", SHAPES[3], dtype, True) for dtype in FAST_DTYPES),
     *(_decode_case(key_heads, dtype) for key_heads in (32, 8) for dtype in FAST_DTYPES),
+    *(_layer_case(dtype) for dtype in FAST_DTYPES),
 ]
 
 

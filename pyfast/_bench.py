@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _backend, benchmarks
+from ._bench_report import machine, new_table, plot, print_table, print_whole
 from ._info import cpu_name
 from ._version import __version__
-from .benchmarks.cases import FULL, QUICK, Case, Effort, PreparedCase, Row, first_line, measure
+from .benchmarks.cases import FULL, QUICK, Case, Effort, PreparedCase, first_line, measure
+from .benchmarks.rows import Row
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
 QUICK_MAX_ELEMENTS = 1 << 22
+QUICK_MAX_FLOPS = 10**10
 TOLERATED_SLOWDOWN = 1.15
 _KEY = ("op", "case", "shape", "dtype", "device", "implementation")
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", action="append", metavar="NAME", help="such as float32; repeatable")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    text = "less than a minute: fewer rounds, no torch.compile, nothing above 4M elements"
+    text = "two minutes: fewer rounds, no torch.compile, nothing above 4M elements or 10 GFLOP"
     add("--quick", action="store_true", help=text)
     add("--json", type=Path, metavar="FILE", help="write all results and the environment")
     add("--plot", type=Path, metavar="FILE.png", help="draw the speed-ups")
@@ -97,13 +97,13 @@ def _run(arguments: argparse.Namespace, cases: list[Case], old: dict[str, Any] |
     console = Console(highlight=False)
     environment = _environment(arguments)
     rows = _measure_all(cases, arguments)
-    _print_table(console, rows, environment)
+    print_table(console, rows, environment)
     if arguments.json:
         lines = ",\n".join(json.dumps(asdict(row), allow_nan=False) for row in rows)
         content = f'{{"environment": {json.dumps(environment)},\n"rows": [\n{lines}\n]}}\n'
         arguments.json.write_text(content, encoding="utf-8")
     if arguments.plot:
-        _plot(rows, environment, arguments.plot)
+        plot(rows, environment, arguments.plot)
     is_slower = old is not None and _print_comparison(console, rows, environment, old)
     return 1 if is_slower or any(row.failed for row in rows) else 0
 
@@ -139,11 +139,16 @@ def _select_cases(arguments: argparse.Namespace) -> list[Case]:
         for case in available[op]
         if op in (arguments.op or available)
         and case.dtype_name in (arguments.dtype or dtypes)
-        and not (arguments.quick and case.num_elements > QUICK_MAX_ELEMENTS)
+        and not (arguments.quick and _is_large(case))
     ]
     if not chosen:
         raise UsageError("no case of this --op has this --dtype")
     return chosen
+
+
+def _is_large(case: Case) -> bool:
+    flops = 0 if case.flops is None else case.flops(case.shape)
+    return case.num_elements > QUICK_MAX_ELEMENTS or flops > QUICK_MAX_FLOPS
 
 
 def _check_writable(option: str, path: Path | None) -> None:
@@ -194,7 +199,10 @@ def _run_case(
                 row.backend, row.problem = prepared.backend, prepared.check()
             if not row.problem:
                 call = prepared.call(name)
-                call()
+                if name in ("torch", "pyfast"):
+                    row.peak_bytes = _peak_memory(call, device)
+                else:
+                    call()
                 calls[name] = call
         except Exception as error:
             row.problem = first_line(error)
@@ -205,6 +213,29 @@ def _run_case(
     for name, (seconds, num_calls) in samples.items():
         rows[name].add_samples(seconds, num_calls, copy_s, torch_s)
     return list(rows.values())
+
+
+def _peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
+    """The most bytes that a call takes beyond what is taken before it; None where not known."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    except OSError:
+        call()
+        return None
+    before = _resident("VmRSS")
+    call()
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(name: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(text.partition(f"{name}:")[2].split()[0])
 
 
 def _environment(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -247,117 +278,6 @@ def _command(arguments: argparse.Namespace) -> str:
     return shlex.join(words + ["--quick"] * arguments.quick)
 
 
-def _machine(environment: dict[str, Any]) -> str:
-    names = ("torch", "pyfast", "python", "cpu", "isa", "threads", "load_average", "gpu")
-    return ", ".join(f"{name} {environment[name]}" for name in names if environment.get(name))
-
-
-def _print_table(console: Console, rows: list[Row], environment: dict[str, Any]) -> None:
-    table = _table("median us", "IQR us", "GB/s", "% of copy", "x copy time", "x torch")
-    table.add_column("backend", max_width=60)
-    before = None
-    for row in rows:
-        where = row.where if row.where != before else ("",) * len(row.where)
-        table.add_row(*where, row.implementation, *_figures(row))
-        before = row.where
-    _print_whole(console, table)
-    _print_arithmetic(console, rows)
-    notes = [
-        "copy: dst.copy_(src) that moves as many bytes, in the same rounds. x copy time: the time "
-        f"over moving these bytes once{_goal(rows)}",
-        "x torch: median over the rounds of torch's time by this one's. pyfast is green above 1 "
-        "where the quartile ranges of the two do not overlap, red below 1",
-        _machine(environment),
-    ]
-    if environment["command"].endswith("--quick"):
-        notes.append("left out by --quick: torch.compile, and cases above 4M elements")
-    for note in notes:
-        console.print(note, style="dim", markup=False, soft_wrap=True)
-
-
-def _goal(rows: list[Row]) -> str:
-    bars = {row.bar for row in rows if row.bar is not None}
-    return f"; the goal of pyfast's fused ops is {max(bars)}" if bars else ""
-
-
-def _print_arithmetic(console: Console, rows: list[Row]) -> None:
-    table = _table("GFLOP/s", "of matmul")
-    peaks = {row.where: row.gflops for row in rows if row.implementation == "matmul"}
-    for row in rows:
-        if row.gflops and (peak := peaks.get(row.where)):
-            cells = f"{row.gflops:,.0f}", f"{row.gflops / peak:.0%}"
-            table.add_row(*row.where, row.implementation, *cells)
-    if table.row_count:
-        _print_whole(console, table)
-
-
-def _figures(row: Row) -> list[Text]:
-    from rich.text import Text
-
-    over_copy_style = speedup_style = ""
-    if row.implementation == "pyfast" and row.time_over_copy and row.bar:
-        over_copy_style = "green" if row.time_over_copy <= row.bar else "red"
-    if row.implementation == "pyfast" and row.speedup and (row.is_clear or row.speedup < 1):
-        speedup_style = "green" if row.speedup > 1 else "red"
-    figures = (
-        (row.median_us, ",.1f", ""),
-        (row.iqr_us, ",.1f", ""),
-        (row.bandwidth_gbps, ",.2f", ""),
-        (row.percent_of_copy, ".0f", ""),
-        (row.time_over_copy, ".2f", over_copy_style),
-        (row.speedup, ".2f", speedup_style),
-    )
-    cells = [Text("-" if x is None else format(x, spec), style) for x, spec, style in figures]
-    if row.failed:
-        return [*cells, Text(f"FAILED: {row.problem}", "bold red")]
-    return [*cells, Text(f"left out: {row.problem}", "dim") if row.problem else Text(row.backend)]
-
-
-def _table(*figures: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("op", "case", "shape", "dtype", "implementation"):
-        table.add_column(name, no_wrap=True)
-    for name in figures:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _print_whole(console: Console, table: Table) -> None:
-    """Print at full width: a narrow terminal must not shorten numbers."""
-    from rich.measure import Measurement
-
-    wide = console.options.update(width=1000)
-    console.width = max(console.width, Measurement.get(console, wide, table).maximum)
-    console.print(table)
-
-
-def _plot(rows: list[Row], environment: dict[str, Any], path: Path) -> None:
-    """A bar for each speed-up; the bars of losing rows point left."""
-    from matplotlib.figure import Figure
-
-    bars = {
-        f"{' '.join(row.where)}, {row.implementation}": row.speedup
-        for row in rows
-        if row.speedup is not None and row.implementation != "torch"
-    }
-    colors = ["C0" if label.endswith(", pyfast") else "0.7" for label in bars]
-    figure = Figure(figsize=(11, 1.5 + 0.25 * len(bars)), layout="constrained")
-    axes = figure.subplots()
-    axes.barh(list(bars), [speedup - 1 for speedup in bars.values()], left=1, color=colors)
-    for y, speedup in enumerate(bars.values()):
-        axes.text(speedup, y, f" {speedup:.2f} ", va="center", ha=("right", "left")[speedup >= 1])
-    axes.set(xscale="log", xlabel="x torch (torch's time by this one's)")
-    axes.margins(x=0.15, y=0.01)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=0.8)
-    figure.suptitle(_machine(environment))
-    figure.savefig(path, dpi=120)
-
-
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in _KEY)
 
@@ -383,7 +303,7 @@ def _print_comparison(
     """Show the speed-ups then and now; True where one of pyfast fell too far."""
     from rich.text import Text
 
-    table, falls = _table("x torch then", "now", "now / then"), []
+    table, falls = new_table("x torch then", "now", "now / then"), []
     for row in rows:
         then, now = old["speedups"].get(_key(asdict(row))), row.speedup
         if row.implementation == "torch" or now is None or then is None:
@@ -392,9 +312,9 @@ def _print_comparison(
         falls += [is_slower] if row.implementation == "pyfast" else []
         figures = [Text(f"{x:.2f}", "red" if is_slower else "") for x in (then, now, now / then)]
         table.add_row(*row.where, row.implementation, *figures)
-    _print_whole(console, table)
+    print_whole(console, table)
     for label, facts in (("then", old["environment"]), ("now ", environment)):
-        console.print(f"{label}: {_machine(facts)}", style="dim", markup=False, soft_wrap=True)
+        console.print(f"{label}: {machine(facts)}", style="dim", markup=False, soft_wrap=True)
     verdict = f"of {len(falls)} speed-ups of pyfast, {sum(falls)} fell by more than a factor of "
     console.print(f"{verdict}{TOLERATED_SLOWDOWN}", style="red" if any(falls) else "")
     return any(falls)

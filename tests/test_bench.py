@@ -20,11 +20,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pyfast.benchmarks import bench_dropout
-from pyfast.benchmarks.cases import Case, Effort, PreparedCase, Row, measure
+from pyfast.benchmarks.cases import Case, Effort, PreparedCase, measure
+from pyfast.benchmarks.rows import Row
 from torch import Tensor
 
 import pyfast
 from pyfast import _bench
+from pyfast._bench_report import figures
 
 pytest.importorskip("rich", reason="pyfast[bench] is not installed")
 pytest.importorskip("matplotlib", reason="pyfast[bench] is not installed")
@@ -33,7 +35,7 @@ CPU = torch.device("cpu")
 HASTY = Effort(rounds=3, block_s=2e-4, with_compile=False)
 DROPOUT = bench_dropout.DROPOUT
 TIMES_MS = {"copy": 1.0, "torch": 4.0, "torch.compile": 3.0, "extra": 8.0, "pyfast": 2.0}
-SMALL_SHAPES = {1: (1021,), 2: (67, 40), 4: (5, 7, 3, 2)}
+SMALL_SHAPES = {1: (1021,), 2: (67, 40), 3: (2, 5, 24), 4: (5, 7, 3, 2)}
 
 
 def _small_cases() -> list[Case]:
@@ -180,7 +182,7 @@ def test_color_of_the_speedup(samples: list[float], style: str) -> None:
     for name, expected in (("pyfast", style), ("torch.compile", "")):
         row = Row("op", "case", [8], "float32", "cpu", name, 64, None)
         row.add_samples(samples, 3, [1.0] * 3, [2.0, 2.1, 2.3])
-        assert _bench._figures(row)[5].style == expected
+        assert figures(row)[5].style == expected
 
 
 @pytest.mark.parametrize(("seconds", "style"), [(1.25, "green"), (1.3, "red")])
@@ -188,8 +190,7 @@ def test_color_of_the_bar(seconds: float, style: str) -> None:
     for bar, expected in ((1.25, style), (None, "")):
         row = Row("op", "case", [8], "float32", "cpu", "pyfast", 64, bar)
         row.add_samples([seconds] * 3, 3, [1.0] * 3, [])
-        figures = _bench._figures(row)
-        assert figures[4].style == expected and str(figures[5]) == "-"
+        assert [figures(row)[4].style, str(figures(row)[5])] == [expected, "-"]
 
 
 def _dropout(x: Tensor, p: float, seed: int) -> Tensor:
@@ -262,7 +263,7 @@ def test_wrong_result_is_red(bench: Bench, tmp_path: Path) -> None:
     figures = ("median_us", "bandwidth_gbps", "percent_of_copy", "time_over_copy", "speedup")
     assert [row[name] for name in figures] == [None] * 5
     assert line_of(bench.output, "pyfast")[1:8] == [*"------", "FAILED:"]
-    assert _bench._figures(Row(**row))[-1].style == "bold red"
+    assert figures(Row(**row))[-1].style == "bold red"
     assert bench.row("torch")["median_us"] > 0
 
 
