@@ -260,8 +260,8 @@ def test_wrong_result_is_red(bench: Bench, tmp_path: Path) -> None:
     assert bench.run(case, "--quick", "--plot", tmp_path / "plot.png") == 1
     row = bench.row()
     assert row["failed"] and "values are wrong" in row["problem"] and row["samples_us"] == []
-    figures = ("median_us", "bandwidth_gbps", "percent_of_copy", "time_over_copy", "speedup")
-    assert [row[name] for name in figures] == [None] * 5
+    names = ("median_us", "bandwidth_gbps", "percent_of_copy", "time_over_copy", "speedup")
+    assert [row[name] for name in names] == [None] * 5
     assert line_of(bench.output, "pyfast")[1:8] == [*"------", "FAILED:"]
     assert figures(Row(**row))[-1].style == "bold red"
     assert bench.row("torch")["median_us"] > 0
