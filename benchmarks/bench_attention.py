@@ -44,7 +44,7 @@ CHECK_SHAPE = (1, 3, 300, 64)
 FAST_DTYPES = (torch.float32, torch.bfloat16)
 WINDOW = 256
 DECODE_KEYS = 4096
-DECODE_LAYERS = 4
+DECODE_LAYERS = {32: 4, 8: 16}  # by key heads: as many bytes
 LAYER_SHAPE = (4, 512, 768)
 
 
@@ -62,10 +62,13 @@ def _masked_inputs(shape: tuple[int, ...]) -> dict[str, Tensor]:
     return {**_inputs(shape), "mask": normal((shape[2], shape[2]), 3)}
 
 
-def _decode_inputs(key_heads: int, shape: tuple[int, ...]) -> dict[str, Tensor]:
+@functools.lru_cache(maxsize=1)
+def _decode_inputs(key_heads: int, dtype: torch.dtype, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """The same tensors for every row: how fast memory is read depends on its pages."""
     batch, heads, _, size = shape
-    cache = (DECODE_LAYERS, batch, math.gcd(key_heads, heads), DECODE_KEYS, size)
-    return {"query": normal(shape, 0), "key": normal(cache, 1), "value": normal(cache, 2)}
+    cache = (DECODE_LAYERS[key_heads], batch, math.gcd(key_heads, heads), DECODE_KEYS, size)
+    shapes = {"query": shape, "key": cache, "value": cache}
+    return {name: normal(shapes[name], seed).to(dtype) for seed, name in enumerate(shapes)}
 
 
 @functools.lru_cache(maxsize=4)
@@ -114,12 +117,12 @@ def _each_layer(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-def _decode_computation(key_heads: int) -> Computation:
+def _decode_computation(key_heads: int, dtype: torch.dtype) -> Computation:
     def formula(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
         return _formula(query, dropout_p, query, key, value)
 
     return Computation(
-        functools.partial(_decode_inputs, key_heads),
+        functools.partial(_decode_inputs, key_heads, dtype),
         functools.partial(_each_layer(F.scaled_dot_product_attention), enable_gqa=True),
         functools.partial(_each_layer(pyfast_F.scaled_dot_product_attention), enable_gqa=True),
         lambda keep, p, q, k, v: _each_layer(formula)(q, k, v, p),
@@ -254,8 +257,7 @@ def _case(
 
 def _decode_matmul(key_heads: int, query: Tensor) -> Call:
     """The best formulation in torch: two products and a softmax."""
-    inputs = _decode_inputs(key_heads, tuple(query.shape))
-    keys, values = (inputs[name].to(query.dtype) for name in ("key", "value"))
+    _, keys, values = _decode_inputs(key_heads, query.dtype, tuple(query.shape)).values()
     grouped = query.view(query.shape[0], keys.shape[2], -1, query.shape[-1])
     scale = 1 / math.sqrt(query.shape[-1])
 
@@ -267,19 +269,20 @@ def _decode_matmul(key_heads: int, query: Tensor) -> Call:
 
 def _decode_read(key_heads: int, query: Tensor) -> Call:
     """A sum over as many bytes as keys and values have."""
-    inputs = _decode_inputs(key_heads, tuple(query.shape))
-    both = [inputs[name].to(query.dtype).view(-1).view(torch.float32) for name in ("key", "value")]
-    return lambda: [t.sum() for t in both]
+    _, *caches = _decode_inputs(key_heads, query.dtype, tuple(query.shape)).values()
+    flat = [t.view(-1).view(torch.float32) for t in caches]
+    return lambda: [t.sum() for t in flat]
 
 
 def _decode_case(key_heads: int, dtype: torch.dtype) -> Case:
+    layers = DECODE_LAYERS[key_heads]
     return Case(
         op="attention",
-        name=f"decode, {DECODE_KEYS} keys, {key_heads} key heads, {DECODE_LAYERS} layers",
+        name=f"decode, {DECODE_KEYS} keys, {key_heads} key heads, {layers} layers",
         shape=(1, 32, 1, 128),
         dtype=dtype,
-        computation=_decode_computation(key_heads),
-        num_passes=2 * DECODE_LAYERS * DECODE_KEYS * key_heads // 32,
+        computation=_decode_computation(key_heads, dtype),
+        num_passes=2 * layers * DECODE_KEYS * key_heads // 32,
         p=0.0,
         compiles=False,
         others={

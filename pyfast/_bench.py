@@ -44,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--op", action="append", metavar="NAME", help=f"one of {', '.join(_modules())}; repeatable")
     add("--dtype", action="append", metavar="NAME", help="such as float32; repeatable")
+    text = "cases whose name contains this, such as decode; repeatable"
+    add("--case", action="append", metavar="TEXT", help=text)
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     text = "two minutes: fewer rounds, no torch.compile, nothing above 4M elements or 10 GFLOP"
@@ -139,10 +141,11 @@ def _select_cases(arguments: argparse.Namespace) -> list[Case]:
         for case in available[op]
         if op in (arguments.op or available)
         and case.dtype_name in (arguments.dtype or dtypes)
+        and any(text in case.name for text in arguments.case or ("",))
         and not (arguments.quick and _is_large(case))
     ]
     if not chosen:
-        raise UsageError("no case of this --op has this --dtype")
+        raise UsageError("no case of this --op has this --dtype, and this in its name")
     return chosen
 
 
@@ -271,7 +274,7 @@ def _commit() -> str | None:
 def _command(arguments: argparse.Namespace) -> str:
     """The command that repeats this run."""
     words = ["python", "-m", "pyfast", "bench"]
-    for option in ("op", "dtype", "device", "threads", "json", "plot", "compare"):
+    for option in ("op", "dtype", "case", "device", "threads", "json", "plot", "compare"):
         value = getattr(arguments, option)
         for word in value if isinstance(value, list) else [value]:
             words += [f"--{option}", str(word)] if word is not None else []
