@@ -117,8 +117,8 @@ class Decode {
         rows_(decode_rows(p)),
         units_(whole_lanes(units_of<Unit>(p.head_size))),
         columns_(whole_lanes(p.value_size)),
-        ahead_(kAheadBytes /
-               (static_cast<int64_t>(sizeof(TK)) * maximum_of(p.head_size, p.value_size))) {}
+        ahead_(minimum_of(kChunkKeys, kAheadBytes / (static_cast<int64_t>(sizeof(TK)) *
+                                                     maximum_of(p.head_size, p.value_size)))) {}
 
   // Keys that any row sees.
   Range visible() const {
