@@ -1,7 +1,7 @@
 """Attention against torch's: full, causal, with dropout, with a mask that needs a gradient, in a
 window, a decoder's step over the caches of several layers, more than a processor caches, and the
-training step of an encoder layer. The row ``matmul`` is one product of square matrices with as many
-operations: the machine's ceiling for the dtype."""
+training step of an encoder layer. The row ``matmul`` is torch's product of two square matrices with
+as many operations: a yardstick, which attention in float32 passes, not the machine's ceiling."""
 
 from __future__ import annotations
 

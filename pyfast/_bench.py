@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--case", action="append", metavar="TEXT", help=text)
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    text = "two minutes: fewer rounds, no torch.compile, nothing above 4M elements or 10 GFLOP"
+    text = "fewer rounds, no torch.compile, nothing above 4M elements or 10 GFLOP"
     add("--quick", action="store_true", help=text)
     add("--json", type=Path, metavar="FILE", help="write all results and the environment")
     add("--plot", type=Path, metavar="FILE.png", help="draw the speed-ups")
