@@ -8,6 +8,7 @@ its interpreter, and the CUDA kernels run as host code in a session of their own
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import hypothesis
 import pytest
 import torch
+import triton_interpreter
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -53,6 +55,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not HAS_GPU:
+        with contextlib.suppress(ImportError):  # no triton: its tests are skipped
+            triton_interpreter.mend()
     config.addinivalue_line("markers", "backends(*names): restrict the backend parameter to these")
     # Here and not in a fixture: @settings reads the profile when a test module is imported.
     hypothesis.settings.register_profile(

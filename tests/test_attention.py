@@ -26,7 +26,7 @@ from torch import Tensor
 
 import pyfast
 
-pytestmark = pytest.mark.backends("reference", "cpu")
+pytestmark = pytest.mark.backends("reference", "cpu", "triton")
 torch_attention = torch.nn.functional.scaled_dot_product_attention
 INFINITY = float("inf")
 

@@ -13,7 +13,7 @@ from conftest import Backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytestmark = pytest.mark.backends("reference", "cpu")
+pytestmark = pytest.mark.backends("reference", "cpu", "triton")
 AXES = ["".join(c) for n in range(5) for c in itertools.combinations("bhls", n)]
 KINDS = ("bool", "float32", "bfloat16", "float16", "same")
 LENGTHS = {"num_queries": 37, "num_keys": 66}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-pytestmark = pytest.mark.backends("reference", "cpu")
+pytestmark = pytest.mark.backends("reference", "cpu", "triton")
 attention = F.scaled_dot_product_attention
 SMALL = Case((2,), 2, 4, 5, 3)
 CASES = {

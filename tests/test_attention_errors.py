@@ -14,7 +14,7 @@ from torch import Tensor
 
 import pyfast
 
-pytestmark = pytest.mark.backends("reference", "cpu")
+pytestmark = pytest.mark.backends("reference", "cpu", "triton")
 attention = F.scaled_dot_product_attention
 Q, K = normal(2, 4, 5, 8), normal(2, 4, 7, 8)
 BOOL = torch.ones(5, 7, dtype=torch.bool)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import pyfast.ops.attention as attention_module
 
-pytestmark = pytest.mark.backends("reference", "cpu")
+pytestmark = pytest.mark.backends("reference", "cpu", "triton")
 torch_attention = torch.nn.functional.scaled_dot_product_attention
 INFINITY = float("inf")
 

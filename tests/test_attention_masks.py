@@ -28,7 +28,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import pyfast
 
-pytestmark = pytest.mark.backends("reference", "cpu")
+pytestmark = pytest.mark.backends("reference", "cpu", "triton")
 attention = F.scaled_dot_product_attention
 INFINITY = float("inf")
 

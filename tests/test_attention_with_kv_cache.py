@@ -12,7 +12,7 @@ from oracle import assert_bits_equal, nan_memory, normal
 from test_varlen_attention import assert_close
 from torch import Tensor
 
-pytestmark = pytest.mark.backends("reference", "cpu")
+pytestmark = pytest.mark.backends("reference", "cpu", "triton")
 attend = F.attention_with_kv_cache
 INT8 = torch.int8
 CAPACITY = 70

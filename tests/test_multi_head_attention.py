@@ -20,7 +20,7 @@ import pyfast
 from pyfast.ops import multi_head_attention
 
 N, L, S, E, H = 3, 5, 7, 8, 2
-ours = pytest.mark.backends("reference", "cpu")
+ours = pytest.mark.backends("reference", "cpu", "triton")
 CONSTRUCTORS: dict[str, dict[str, Any]] = {
     "plain": {},
     "batch first": {"batch_first": True},

@@ -21,7 +21,7 @@ from conftest import Backend
 from oracle import assert_bits_equal, drop_scale, keep_mask, nan_memory, normal
 from torch import Tensor
 
-pytestmark = pytest.mark.backends("reference", "cpu")
+pytestmark = pytest.mark.backends("reference", "cpu", "triton")
 
 
 class Packed(NamedTuple):

@@ -99,7 +99,7 @@ def _backward_native(
     grad_k = empty_heads(batch, key_heads, num_keys, size, k)
     grad_v = empty_heads(batch, key_heads, num_keys, value_size, v)
     delta = torch.empty_like(lse)  # sum of p * grad_p of a row, less grad_lse
-    grad_mask, grad_slopes, grad_sinks = (lse.new_empty(0) for _ in range(3))
+    grad_mask, grad_slopes = lse.new_empty(0), lse.new_empty(0)
     if with_mask and mask is not None:
         grad_mask = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
     native.attention_backward(
@@ -129,12 +129,47 @@ def _backward_native(
         bottom_right,
         get_num_threads(),
     )
-    if sinks is not None:
-        share = torch.exp(sinks[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
-        grad_sinks = -(share * delta).sum((0, 2))
     if grad_mask.numel() and mask is not None:
         grad_mask = grad_mask.to(mask.dtype)
-    return grad_q, grad_k, grad_v, grad_mask, grad_slopes, grad_sinks
+    return grad_q, grad_k, grad_v, grad_mask, grad_slopes, _sink_gradient(sinks, lse, delta)
+
+
+def _forward_triton(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    from ..kernels.attention.attention_triton import attention_triton
+
+    mask, *vectors = arguments[:5]
+    mask = mask if mask is None else mask.resolve_neg()
+    operands = (heads_last_dim(q), heads_last_dim(k), heads_last_dim(v), mask)
+    return attention_triton(*operands, *map(_contiguous, vectors), *arguments[5:])
+
+
+def _backward_triton(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    from ..kernels.attention.attention_backward_triton import attention_backward_triton
+
+    mask, slopes, sinks, cu_q, cu_k, out, lse, *rule, _ = arguments
+    *grads, grad_mask, delta = attention_backward_triton(
+        heads_last_dim(grad_out),
+        grad_lse.contiguous().resolve_neg(),
+        *map(heads_last_dim, (q, k, v)),
+        mask if mask is None else mask.resolve_neg(),
+        *map(_contiguous, (slopes, sinks, cu_q, cu_k)),
+        heads_last_dim(out),
+        lse.contiguous(),
+        *rule,
+    )
+    if grad_mask.numel() and mask is not None:
+        grad_mask = grad_mask.to(mask.dtype)
+    return (*grads, grad_mask, lse.new_empty(0), _sink_gradient(sinks, lse, delta))
+
+
+def _sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor:
+    """From ``delta``, the sum of p * grad_p of a row less grad_lse; empty without sinks."""
+    if sinks is None:
+        return lse.new_empty(0)
+    share = torch.exp(sinks[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
+    return -(share * delta).sum((0, 2))
 
 
 def limits(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str:
@@ -181,7 +216,7 @@ attention_op = Op(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks,"
     " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor seed, int threshold, float scale,"
     " float softcap, int left, int right, bool bottom_right) -> (Tensor, Tensor)",
-    {"cpu": _forward_native, "reference": attention_reference},
+    {"cpu": _forward_native, "triton": _forward_triton, "reference": attention_reference},
     fake=fake_forward,
     setup_context=_setup_context,
     backward=_backward,
@@ -246,7 +281,11 @@ _backward_op = Op(
     " Tensor? cu_seqlens_k, Tensor out, Tensor lse, Tensor seed, int threshold, float scale,"
     " float softcap, int left, int right, bool bottom_right, bool with_mask, bool with_slopes)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    {"cpu": _backward_native, "reference": attention_backward_reference},
+    {
+        "cpu": _backward_native,
+        "triton": _backward_triton,
+        "reference": attention_backward_reference,
+    },
     fake=_fake_backward,
     setup_context=_setup_context_backward,
     backward=_double_backward,

@@ -58,6 +58,15 @@ def _attend_native(
     return out, lse
 
 
+def _attend_triton(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    from ..kernels.attention.attention_triton import attention_with_kv_cache_triton
+
+    k_scale, v_scale, lengths, slopes, sinks, *rest = arguments
+    slopes, sinks = contiguous(slopes)[0], contiguous(sinks)[0]
+    operands = (_heads(q), _heads(k), _heads(v), k_scale, v_scale, lengths.contiguous())
+    return attention_with_kv_cache_triton(*operands, slopes, sinks, *rest)
+
+
 def _attend_reference(
     q: Tensor,
     k: Tensor,
@@ -98,7 +107,7 @@ _attend = Op(
     "attention_with_kv_cache(Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale,"
     " Tensor lengths, Tensor? alibi_slopes, Tensor? sinks, Tensor seed, float scale,"
     " float softcap, int left, int right) -> (Tensor, Tensor)",
-    {"cpu": _attend_native, "reference": _attend_reference},
+    {"cpu": _attend_native, "triton": _attend_triton, "reference": _attend_reference},
     fake=fake_forward,
     limits=_limits,
 )

@@ -1,0 +1,118 @@
+"""Tile sizes of the Triton kernels: a table by pass, head size and chip, chosen so that no register
+spills and shared memory suffices."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Tiles(NamedTuple):
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def as_arguments(self) -> dict[str, Any]:
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+class GradientTiles(NamedTuple):
+    queries: Tiles
+    keys: Tiles
+
+
+# By the widest head, a power of two. Chips with 164 KB of shared memory and more (sm_80, sm_90,
+# sm_100) are large, the others have 100 KB.
+FORWARD = {
+    "hopper": {64: Tiles(128, 128, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 4, 3)},
+    "large": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 4, 2)},
+    "small": {64: Tiles(128, 64, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(32, 32, 4, 2)},
+    "float32": {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(32, 32, 8, 1)},
+    "interpreter": {64: Tiles(64, 32, 4, 1), 128: Tiles(64, 32, 4, 1), 256: Tiles(64, 32, 4, 1)},
+}
+# A block of queries over keys, and a block of keys over queries.
+BACKWARD = {
+    "hopper": {
+        64: GradientTiles(Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2)),
+        128: GradientTiles(Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)),
+        256: GradientTiles(Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 1)),
+    },
+    "large": {
+        64: GradientTiles(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2)),
+        128: GradientTiles(Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2)),
+        256: GradientTiles(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    },
+    "small": {
+        64: GradientTiles(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
+        128: GradientTiles(Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
+        256: GradientTiles(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    },
+    "float32": {
+        64: GradientTiles(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
+        128: GradientTiles(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+        256: GradientTiles(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+    },
+    "interpreter": dict.fromkeys(
+        (64, 128, 256), GradientTiles(Tiles(64, 32, 4, 1), Tiles(32, 64, 4, 1))
+    ),
+}
+
+
+def chip(device: torch.device, dtype: torch.dtype) -> str:
+    """The row of the table that holds for a device."""
+    if device.type != "cuda":
+        return "interpreter"
+    if dtype == torch.float32:
+        return "float32"
+    capability = _capability(device.index if device.index is not None else -1)
+    if capability == (9, 0):
+        return "hopper"
+    return "large" if capability[1] == 0 else "small"
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(None if index < 0 else index)
+
+
+@functools.cache
+def _num_multiprocessors(index: int) -> int:
+    device = None if index < 0 else index
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 8  # of the interpreter: enough that tests have several splits
+    return _num_multiprocessors(device.index if device.index is not None else -1)
+
+
+def _width(size: int) -> int:
+    return max(64, size)
+
+
+def forward_tiles(device: torch.device, dtype: torch.dtype, size: int) -> Tiles:
+    return FORWARD[chip(device, dtype)][_width(size)]
+
+
+def decode_tiles(device: torch.device, dtype: torch.dtype, size: int, rows: int) -> Tiles:
+    """Few rows over many keys: small tiles of queries, many loads in flight."""
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    name = chip(device, dtype)
+    if name == "interpreter":
+        return Tiles(block_m, 32, 4, 1)
+    if name == "float32" or name == "small" or size > 128:
+        return Tiles(block_m, 32, 4, 2)
+    return Tiles(block_m, 64, 4, 3)
+
+
+def gradient_tiles(device: torch.device, dtype: torch.dtype, size: int) -> GradientTiles:
+    return BACKWARD[chip(device, dtype)][_width(size)]

@@ -1,0 +1,222 @@
+"""Attention in Triton: what its kernels are called with, and the forward pass.
+
+float32 products are three passes of TF32 (about 22 bits), or one where torch allows TF32
+(``torch.backends.cuda.matmul.allow_tf32``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..common.philox_triton import seed_argument
+from .attention_forward_triton import combine_kernel, forward_kernel
+from .attention_tile_triton import LOG2E
+from .attention_tiles import decode_tiles, forward_tiles, num_multiprocessors
+
+FAR = 1 << 30  # no bound
+MAX_PACKED_ROWS = 64
+MAX_SPLITS = 64
+
+
+def kernel_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: int | Tensor,
+    threshold: int,
+    scale: float,
+    softcap: float,
+    left: int,
+    right: int,
+    bottom_right: bool,
+) -> dict[str, Any]:
+    """What the kernels of the forward and of the backward pass are called with."""
+    seed_or_pointer, is_pointer = seed_argument(seed)
+    mask_type = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
+    if mask is None:
+        mask_strides = [0] * 4
+    else:
+        mask_strides = [0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True)]
+        mask = mask.view(torch.uint8) if mask_type == 1 else mask
+    head_size, value_size = q.shape[3], v.shape[3]
+    unused = q  # what a kernel does not read
+    return {
+        "q_pointer": q,
+        "k_pointer": k,
+        "v_pointer": v,
+        "mask_pointer": unused if mask is None else mask,
+        "slopes_pointer": unused if alibi_slopes is None else alibi_slopes,
+        "cu_q_pointer": unused if cu_seqlens_q is None else cu_seqlens_q,
+        "cu_k_pointer": unused if cu_seqlens_k is None else cu_seqlens_k,
+        "seed": seed_or_pointer,
+        **strides("q", "bhm", q),
+        **strides("k", "bhn", k),
+        **strides("v", "bhn", v),
+        **{f"mask_{d}_stride": s for d, s in zip("bhmn", mask_strides, strict=True)},
+        "slopes_b_stride": q.shape[1] if alibi_slopes is not None and len(alibi_slopes) > 1 else 0,
+        "heads": q.shape[1],
+        "group": q.shape[1] // k.shape[1],
+        "num_queries": q.shape[2],
+        "num_keys": k.shape[2],
+        "num_sequences": 1 if cu_seqlens_q is None else len(cu_seqlens_q) - 1,
+        "threshold": threshold,
+        "keep_scale": 65536 / (65536 - threshold) if threshold < 65536 else 0.0,
+        "scale": scale / softcap if softcap > 0 else scale * LOG2E.value,
+        "softcap": softcap * LOG2E.value,
+        "left": FAR if left < 0 else min(left, FAR),
+        "right": FAR if right < 0 else min(right, FAR),
+        "BOTTOM_RIGHT": bottom_right,
+        "HAS_SOFTCAP": softcap > 0,
+        "HAS_ALIBI": alibi_slopes is not None,
+        "HAS_DROPOUT": threshold > 0,
+        "MASK_TYPE": mask_type,
+        "IS_VARLEN": cu_seqlens_q is not None,
+        "SEED_IS_POINTER": is_pointer,
+        "PRECISION": _precision(q),
+        "HEAD_SIZE": head_size,
+        "VALUE_SIZE": value_size,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+        "BLOCK_DV": max(16, triton.next_power_of_2(value_size)),
+    }
+
+
+def strides(name: str, letters: str, x: Tensor) -> dict[str, int]:
+    return {f"{name}_{d}_stride": s for d, s in zip(letters, x.stride(), strict=False)}
+
+
+def _precision(q: Tensor) -> str:
+    if q.dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def forward(
+    arguments: dict[str, Any],
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    lengths: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """Fills out (B, heads, L, Ev) and lse (B, heads, L)."""
+    q, k = arguments["q_pointer"], arguments["k_pointer"]
+    batch, heads, num_queries = lse.shape
+    is_varlen, group = arguments["IS_VARLEN"], arguments["group"]
+    rows = group * num_queries
+    packs = rows <= MAX_PACKED_ROWS and not (
+        is_varlen or arguments["HAS_DROPOUT"] or arguments["MASK_TYPE"]
+    )
+    widest = max(arguments["BLOCK_D"], arguments["BLOCK_DV"])
+    if packs:
+        tiles = decode_tiles(q.device, q.dtype, widest, rows)
+        num_programs = batch * (heads // group)
+    else:
+        tiles = forward_tiles(q.device, q.dtype, widest)
+        rows, num_programs = num_queries, heads if is_varlen else batch * heads
+    num_blocks = triton.cdiv(rows, tiles.block_m)
+    if is_varlen:
+        num_blocks = num_queries // tiles.block_m + arguments["num_sequences"]
+    num_splits = 1
+    if packs:
+        wanted = triton.cdiv(2 * num_multiprocessors(q.device), num_programs * num_blocks)
+        num_splits = max(1, min(wanted, triton.cdiv(k.shape[2], tiles.block_n), MAX_SPLITS))
+    parts, part_lse = out, lse
+    if num_splits > 1:
+        shape = (num_splits * batch, heads, num_queries)
+        parts = torch.empty((*shape, out.shape[3]), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    unused = q
+    is_int8 = k_scale is not None
+    forward_kernel[(num_programs * num_blocks, num_splits)](
+        **arguments,
+        out_pointer=parts,
+        lse_pointer=part_lse,
+        sinks_pointer=unused if sinks is None else sinks,
+        lengths_pointer=unused if lengths is None else lengths,
+        k_scale_pointer=unused if k_scale is None else k_scale,
+        v_scale_pointer=unused if v_scale is None else v_scale,
+        **strides("out", "bhm", parts),
+        **strides("k_scale", "bhn", q if k_scale is None else k_scale),
+        **strides("v_scale", "bhn", q if v_scale is None else v_scale),
+        batch=batch,
+        num_blocks=num_blocks,
+        num_splits=num_splits,
+        HAS_SINKS=sinks is not None,
+        HAS_LENGTHS=lengths is not None,
+        IS_INT8=is_int8,
+        IS_PACKED=packs,
+        **tiles.as_arguments(),
+        CHUNK=min(32, arguments["BLOCK_DV"]),
+    )
+    if num_splits > 1:
+        combine_kernel[(batch * heads * num_queries,)](
+            parts,
+            part_lse,
+            out,
+            lse,
+            *out.stride()[:3],
+            heads,
+            num_queries,
+            batch * heads * num_queries,
+            num_splits,
+            VALUE_SIZE=out.shape[3],
+            BLOCK_DV=arguments["BLOCK_DV"],
+            BLOCK_SPLITS=triton.next_power_of_2(num_splits),
+        )
+
+
+def attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: int | Tensor,
+    *rule: Any,
+) -> tuple[Tensor, Tensor]:
+    """See ``attention_reference``. q, k, v: any strides but in the last dimension."""
+    batch, heads, length, _ = q.shape
+    out = q.new_empty((batch, length, heads, v.shape[3])).transpose(1, 2)
+    lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
+    if lse.numel() > 0 and not (cu_seqlens_q is not None and len(cu_seqlens_q) == 1):
+        operands = q, k, v, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k
+        forward(kernel_arguments(*operands, seed, *rule), out, lse, sinks)
+    return out, lse
+
+
+def attention_with_kv_cache_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    lengths: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: int | Tensor,
+    scale: float,
+    softcap: float,
+    left: int,
+    right: int,
+) -> tuple[Tensor, Tensor]:
+    """Attention to the first ``lengths`` (B,) int64 keys of a cache, int8 if there are scales."""
+    batch, heads, length, _ = q.shape
+    out = q.new_empty((batch, length, heads, v.shape[3])).transpose(1, 2)
+    lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
+    if lse.numel() > 0:
+        rule = (0, scale, softcap, left, right, True)
+        arguments = kernel_arguments(q, k, v, None, alibi_slopes, None, None, 0, *rule)
+        forward(arguments, out, lse, sinks, lengths, k_scale, v_scale)
+    return out, lse
