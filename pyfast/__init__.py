@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from . import nn, optim
 from ._backend import BackendStatus, backends, use_backend
+from ._explain import Explanation, explain
 from ._patch import PatchReport, patch
 from ._version import __version__
 from .ops.dropout_mask import dropout_mask
 
 __all__ = [
     "BackendStatus",
+    "Explanation",
     "PatchReport",
     "__version__",
     "backends",
     "dropout_mask",
+    "explain",
     "nn",
     "optim",
     "patch",

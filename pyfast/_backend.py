@@ -1,9 +1,8 @@
 """Which implementations are usable here, which one serves a call, and how to force one.
 
-Automatic choice: CPU tensors go to ``cpu``, CUDA tensors to ``cuda``, or to ``triton`` in an
-    install without the CUDA
-kernels, everything else (other devices and dtypes, or no kernel built) to ``reference``. A backend
-asked for by name serves the call or raises; it never falls back.
+Automatic choice: CPU tensors go to ``cpu``, CUDA tensors to ``cuda``, or to ``triton`` where an op
+or an install has no CUDA kernel, everything else (other devices and dtypes, or no kernel built) to
+``reference``. A backend asked for by name serves the call or raises; it never falls back.
 """
 
 from __future__ import annotations
@@ -174,3 +173,38 @@ def choose(op: str, kernels: object, tensor: torch.Tensor) -> str:
             if not _why_not(backend, kernels, tensor):
                 return backend
     return "reference"
+
+
+class Served(NamedTuple):
+    """The backend that served a call of an op, why, and why every other did not."""
+
+    op: str
+    backend: str
+    reason: str
+    others: dict[str, str]
+
+
+observers: list[list[Served]] = []  # what explain() listens with
+
+
+def report(
+    op: str, kernels: object, tensor: torch.Tensor, backend: str, reason: str, limit: str
+) -> None:
+    """Tell the observers. ``limit``: why no kernel but the reference can serve the call."""
+    if not reason and forced() is not None:
+        reason = "it was asked for"
+    elif not reason and limit:
+        reason = limit
+    elif not reason and backend == "reference":
+        reason = f"no kernel here serves {tensor.dtype} on {tensor.device}"
+    elif not reason:
+        reason = f"it is the first choice on {tensor.device.type} of those that can serve the call"
+    others = {
+        name: _why_not(name, kernels, tensor)
+        or (limit if name != "reference" else "")
+        or "it could serve the call, if asked for"
+        for name in NAMES
+        if name != backend
+    }
+    for record in observers:
+        record.append(Served(op, backend, reason, others))

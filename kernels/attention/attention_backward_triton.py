@@ -124,7 +124,6 @@ def attention_backward_triton(
         "delta_pointer": delta,
         **strides("grad_out", "bhm", grad_out),
         "grad_scale": scale,
-        "CHUNK": min(32, common["BLOCK_D"], common["BLOCK_DV"]),
     }
     tiles = gradient_tiles(q.device, q.dtype, max(common["BLOCK_D"], common["BLOCK_DV"]))
     _launch_queries(common, tiles.queries, grad_q, grad_mask, batch)

@@ -261,17 +261,17 @@ def forward_kernel(
     out_row = (query + first_query).to(tl.int64) * out_m_stride + head64 * out_h_stride
     if has_special(acc):
         # NaN or Inf: once more, with zero weights hiding them, a few columns at a time.
-        for d0 in range(0, BLOCK_DV, CHUNK):
-            column_d = d0 + tl.arange(0, CHUNK)
-            wanted = (column_d < VALUE_SIZE)[None, :]
+        for d0 in tl.range(0, BLOCK_DV, CHUNK, num_stages=1, disable_licm=True):
+            chunk = d0 + tl.arange(0, CHUNK)
+            wanted = (chunk < VALUE_SIZE)[None, :]
             part_acc = tl.zeros((BLOCK_M, CHUNK), tl.float32)
-            for n0 in tl.range(begin, end, BLOCK_N, num_stages=1):
+            for n0 in tl.range(begin, end, BLOCK_N, num_stages=1, disable_licm=True):
                 column = n0 + tl.arange(0, BLOCK_N)
                 inside = column < num_keys
                 at = column.to(tl.int64)
                 k = load_rows(k_base, column, k_n_stride, num_keys, HEAD_SIZE, BLOCK_D)
                 v = tl.load(
-                    v_base + at[:, None] * v_n_stride + column_d[None, :],
+                    v_base + at[:, None] * v_n_stride + chunk[None, :],
                     mask=inside[:, None] & wanted,
                     other=0.0,
                 )
@@ -311,17 +311,17 @@ def forward_kernel(
                     p = tl.where(bits.to(tl.int32) >= threshold, p, 0.0)
                 part_acc = dot_hiding(p.to(v.dtype), v, part_acc, PRECISION)
             tl.store(
-                out_base + out_row[:, None] + column_d[None, :],
+                out_base + out_row[:, None] + chunk[None, :],
                 (part_acc * share[:, None]).to(out_pointer.dtype.element_ty),
                 mask=(row < num_rows)[:, None] & wanted,
             )
 
     else:
-        column_d = tl.arange(0, BLOCK_DV)
+        column_dv = tl.arange(0, BLOCK_DV)
         tl.store(
-            out_base + out_row[:, None] + column_d[None, :],
+            out_base + out_row[:, None] + column_dv[None, :],
             (acc * share[:, None]).to(out_pointer.dtype.element_ty),
-            mask=(row < num_rows)[:, None] & (column_d < VALUE_SIZE)[None, :],
+            mask=(row < num_rows)[:, None] & (column_dv < VALUE_SIZE)[None, :],
         )
 
 

@@ -217,9 +217,12 @@ def key_value_gradient_kernel(
     store_rows(v_out, column, grad_v_n_stride, num_keys, acc_v, VALUE_SIZE, BLOCK_DV)
     if has_special(acc_k) | has_special(acc_v):
         # Once more, with zeros hiding NaN and Inf, a few columns at a time: first those of v.
-        for d0 in range(0, BLOCK_DV + BLOCK_D, CHUNK):
-            is_value = d0 < BLOCK_DV
-            column_d = tl.where(is_value, d0, d0 - BLOCK_DV) + tl.arange(0, CHUNK)
+        value_chunks = tl.cdiv(BLOCK_DV, CHUNK)
+        key_chunks = tl.cdiv(BLOCK_D, CHUNK)
+        for c in tl.range(0, value_chunks + key_chunks, num_stages=1, disable_licm=True):
+            is_value = c < value_chunks
+            chunk = tl.where(is_value, c, c - value_chunks)
+            column_d = chunk * CHUNK + tl.arange(0, CHUNK)
             wanted = column_d < tl.where(is_value, VALUE_SIZE, HEAD_SIZE)
             acc = tl.zeros((BLOCK_N, CHUNK), tl.float32)
             for h in range(part * heads_per_program, (part + 1) * heads_per_program):
@@ -235,7 +238,7 @@ def key_value_gradient_kernel(
                 if HAS_ALIBI:
                     slope = tl.load(slopes_pointer + sequence * slopes_b_stride + head) * LOG2E
                 z = (sequence * heads + head).to(tl.int32)
-                for m0 in tl.range(begin, end, BLOCK_M, num_stages=1):
+                for m0 in tl.range(begin, end, BLOCK_M, num_stages=1, disable_licm=True):
                     query = m0 + tl.arange(0, BLOCK_M)
                     position = query + shift
                     q = load_rows(q_base, query, q_m_stride, num_queries, HEAD_SIZE, BLOCK_D)

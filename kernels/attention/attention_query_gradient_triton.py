@@ -200,11 +200,11 @@ def query_gradient_kernel(
     store_rows(out, query, grad_q_m_stride, num_queries, acc, HEAD_SIZE, BLOCK_D)
     if has_special(acc):
         # Once more, with zeros hiding NaN and Inf, a few columns at a time.
-        for d0 in range(0, BLOCK_D, CHUNK):
+        for d0 in tl.range(0, BLOCK_D, CHUNK, num_stages=1, disable_licm=True):
             column_d = d0 + tl.arange(0, CHUNK)
             wanted = (column_d < HEAD_SIZE)[None, :]
             part = tl.zeros((BLOCK_M, CHUNK), tl.float32)
-            for n0 in tl.range(begin, end, BLOCK_N, num_stages=1):
+            for n0 in tl.range(begin, end, BLOCK_N, num_stages=1, disable_licm=True):
                 column = n0 + tl.arange(0, BLOCK_N)
                 k = load_rows(k_base, column, k_n_stride, num_keys, HEAD_SIZE, BLOCK_D)
                 v = load_rows(v_base, column, v_n_stride, num_keys, VALUE_SIZE, BLOCK_DV)

@@ -10,54 +10,59 @@ import torch
 
 
 class Tiles(NamedTuple):
+    """``chunk``: how many columns are computed again at a time where NaN or Inf came out."""
+
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    chunk: int = 32
 
     def as_arguments(self) -> dict[str, Any]:
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
+            "CHUNK": self.chunk,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
 
 
 class GradientTiles(NamedTuple):
+    """Of a block of queries over keys, and of a block of keys over queries."""
+
     queries: Tiles
     keys: Tiles
 
 
-# By the widest head, a power of two. Chips with 164 KB of shared memory and more (sm_80, sm_90,
-# sm_100) are large, the others have 100 KB.
+# By the widest head, a power of two. Chips with 164 KB of shared memory and more (sm_80, sm_100)
+# are large, the others have 100 KB.
 FORWARD = {
     "hopper": {64: Tiles(128, 128, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 4, 3)},
-    "large": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 4, 2)},
-    "small": {64: Tiles(128, 64, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(32, 32, 4, 2)},
-    "float32": {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(32, 32, 8, 1)},
-    "interpreter": {64: Tiles(64, 32, 4, 1), 128: Tiles(64, 32, 4, 1), 256: Tiles(64, 32, 4, 1)},
+    "large": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 32, 8, 3), 256: Tiles(64, 32, 8, 2)},
+    "small": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 32, 8, 2), 256: Tiles(32, 32, 4, 2)},
+    "float32": {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 32, 4, 1), 256: Tiles(16, 32, 4, 1)},
+    "interpreter": dict.fromkeys((64, 128, 256), Tiles(64, 32, 4, 1)),
 }
-# A block of queries over keys, and a block of keys over queries.
 BACKWARD = {
     "hopper": {
-        64: GradientTiles(Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2)),
-        128: GradientTiles(Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)),
-        256: GradientTiles(Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 1)),
+        64: GradientTiles(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 1)),
+        128: GradientTiles(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 1)),
+        256: GradientTiles(Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1)),
     },
     "large": {
-        64: GradientTiles(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2)),
-        128: GradientTiles(Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2)),
-        256: GradientTiles(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1)),
+        64: GradientTiles(Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 2)),
+        128: GradientTiles(Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 2)),
+        256: GradientTiles(Tiles(32, 32, 8, 1, 64), Tiles(32, 32, 8, 1)),
     },
     "small": {
-        64: GradientTiles(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
+        64: GradientTiles(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2)),
         128: GradientTiles(Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
-        256: GradientTiles(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+        256: GradientTiles(Tiles(32, 32, 8, 1, 64), Tiles(32, 32, 8, 1)),
     },
     "float32": {
         64: GradientTiles(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
-        128: GradientTiles(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+        128: GradientTiles(Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1)),
         256: GradientTiles(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
     },
     "interpreter": dict.fromkeys(

@@ -155,7 +155,6 @@ def forward(
         IS_INT8=is_int8,
         IS_PACKED=packs,
         **tiles.as_arguments(),
-        CHUNK=min(32, arguments["BLOCK_DV"]),
     )
     if num_splits > 1:
         combine_kernel[(batch * heads * num_queries,)](

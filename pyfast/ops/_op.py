@@ -28,6 +28,7 @@ _library = torch.library.Library("pyfast", "FRAGMENT")
 _registry: dict[str, Op] = {}
 
 _forced = _backend.forced
+_observers = _backend.observers
 _is_grad_enabled = torch.is_grad_enabled
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -147,6 +148,8 @@ class Op:
             kernel = self.kernels[self.backend_of(tensor)]
         if self._limits is not None:
             kernel = self._within_limits(kernel, tensor, arguments)
+        if _observers:
+            self._report(kernel, tensor, arguments)
         try:
             return kernel(tensor, *arguments)
         except RuntimeError:
@@ -161,7 +164,22 @@ class Op:
         kernel = self.kernels[self.backend_of(tensor)]
         if self._limits is not None:
             kernel = self._within_limits(kernel, tensor, arguments)
+        if _observers:
+            self._report(kernel, tensor, arguments)
         return kernel(tensor, *arguments)
+
+    def _report(
+        self,
+        kernel: Callable[..., Any],
+        tensor: Tensor,
+        arguments: tuple[Any, ...],
+        reason: str = "",
+    ) -> None:
+        backend = self.backend_of(tensor)
+        if self.kernels[backend] is not kernel:
+            backend = next(name for name, k in self.kernels.items() if k is kernel)
+        limit = "" if self._limits is None else self._limits(tensor, *arguments)
+        _backend.report(self.name, self.kernels, tensor, backend, reason, limit)
 
     def check_limits(self, tensor: Tensor, *arguments: Any) -> None:
         """RuntimeError where a backend that was asked for cannot serve the call."""
@@ -208,7 +226,10 @@ class Op:
 
     def _forward_mode(self, tensor: Tensor, arguments: tuple[Any, ...]) -> Any:
         self.backend_of(tensor)  # raises where a forced backend could not have served the call
-        return self.kernels["reference"](tensor, *arguments)
+        reference = self.kernels["reference"]
+        if _observers:
+            self._report(reference, tensor, arguments, "forward-mode AD differentiates plain torch")
+        return reference(tensor, *arguments)
 
     def _with_seed_tensor(self, tensor: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         i = self._seed_position - 1

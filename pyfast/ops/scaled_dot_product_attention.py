@@ -21,7 +21,7 @@ from ._attention_arguments import (
 )
 from ._op import is_eager
 from ._rule import check_probability, resolve_seed, threshold_of
-from .attention import attention_op
+from .attention import MAX_HEAD_SIZE, attention_op
 
 _is_autocast_enabled = torch._C._is_any_autocast_enabled
 
@@ -94,6 +94,28 @@ def _mask_4d(mask: Tensor, batch: torch.Size, num_queries: int, num_keys: int) -
     return mask.expand(*leading, *mask.shape[-3:]).reshape(leading.numel(), *mask.shape[-3:])
 
 
+def _why_torch(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, p: float, is_causal: bool
+) -> str:
+    """Why torch's own function serves a call without extras that is not on the CPU, or nothing."""
+    if _backend.forced() is not None or (is_causal and attn_mask is not None):
+        return ""
+    if attention_op.backend_of(query) == "reference":
+        return "no kernel of pyfast's is usable here, and the call has none of its extras"
+    size = query.shape[-1]
+    if (
+        attn_mask is None
+        and p == 0
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and size == value.shape[-1]
+        and size % 8 == 0
+        and 0 < size <= MAX_HEAD_SIZE
+        and (not is_causal or query.shape[-2] == key.shape[-2])
+    ):
+        return "its fused kernels compute the same, and pyfast's has not been measured faster"
+    return ""
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -122,7 +144,10 @@ def scaled_dot_product_attention(
     no more memory than the mask; the dropout mask is a function of the seed
     (:func:`pyfast.dropout_mask` with ``stream=0``), regenerated in the backward pass; bfloat16 and
     float16 accumulate in float32, gradients too. On the CPU the result does not depend on the
-    number of threads. Calls on other devices that need none of pyfast's extras go to torch.
+    number of threads. On CUDA, calls without a mask, dropout and pyfast's extras that torch's fused
+    kernels serve (bfloat16, float16) go to torch, all others to Triton kernels, whose float32
+    products are three passes of TF32, or one where ``torch.backends.cuda.matmul.allow_tf32``;
+    :func:`pyfast.explain` tells. On other devices calls that need no extras go to torch.
 
     The scores are, in this order: ``scale * q k^T``, ``softcap * tanh(scores / softcap)``,
     ``- alibi_slopes * |i' - j|``, ``+ attn_mask``, -inf for every key that is not visible. Query i
@@ -211,14 +236,12 @@ def scaled_dot_product_attention(
         raise ValueError(f"{op}: {problem}")
     extras = window, softcap or None, alibi_slopes, sinks, generator, seed
     plain = causal_alignment == "top_left" and not return_lse and all(e is None for e in extras)
-    if (
-        plain
-        and query.device.type not in ("cpu", "meta")
-        and _backend.forced() is None
-        and not (is_causal and attn_mask is not None)
-        and attention_op.backend_of(query) == "reference"
-    ):
-        return as_torch()
+    if plain and query.device.type not in ("cpu", "meta"):
+        reason = _why_torch(query, key, value, attn_mask, dropout_p, is_causal)
+        if reason:
+            if _backend.observers:
+                _backend.report("attention", attention_op.kernels, query, "torch", reason, "")
+            return as_torch()
     softcap, left, right, bottom_right = check_rule(
         op, window, softcap, causal_alignment, is_causal
     )

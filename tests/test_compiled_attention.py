@@ -1,0 +1,249 @@
+"""What Triton makes of attention's kernels, for which no GPU is needed: no register spills, tensor
+cores do the products, shared memory suffices, dropout moves nothing. Bounds of what is visible are
+arguments of the kernels, so that causal or not is the same code."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from typing import Any, NamedTuple
+
+import pytest
+from oracle import run_python
+from pyfast.kernels.attention.attention_tiles import BACKWARD, FORWARD, Tiles
+from test_compiled_code import triton_tools
+
+import pyfast
+
+SIZES = (64, 96, 128, 192, 256)
+CHIPS = {80: "large", 86: "small", 90: "hopper"}
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
+MODULES = {
+    "forward_kernel": "attention_forward_triton",
+    "query_gradient_kernel": "attention_query_gradient_triton",
+    "key_value_gradient_kernel": "attention_key_gradient_triton",
+    "mask_gradient_kernel": "attention_mask_gradient_triton",
+}
+
+COMPILE = """
+import importlib, json, os, subprocess
+from concurrent.futures import ProcessPoolExecutor
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+FLOATS = {"keep_scale", "scale", "softcap", "grad_scale"}
+FLOAT32 = {"lse", "delta", "slopes", "sinks", "k_scale", "v_scale", "grad_mask"}
+FLAGS = ("BOTTOM_RIGHT", "HAS_SOFTCAP", "HAS_ALIBI", "HAS_SINKS", "HAS_DROPOUT", "IS_VARLEN",
+         "HAS_LENGTHS", "IS_INT8", "IS_PACKED", "SEED_IS_POINTER", "STORE_MASK")
+
+def pointer(name, case):
+    if name in FLOAT32:
+        return "*fp32"
+    if name in ("cu_q", "cu_k", "lengths"):
+        return "*i64"
+    if name == "mask" and case["constants"].get("MASK_TYPE") == 1:
+        return "*u8"
+    return "*i8" if name in "kv" and case["constants"].get("IS_INT8") else "*" + case["dtype"]
+
+def compiled(case):
+    module = importlib.import_module("pyfast.kernels.attention." + case["module"])
+    kernel = getattr(module, case["kernel"])
+    constants = {**dict.fromkeys(FLAGS, False), "MASK_TYPE": 0, **case["constants"]}
+    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+    signature, attributes = {}, {}
+    seed = "*i64" if constants.get("SEED_IS_POINTER") else "i64"
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_pointer"):
+            signature[name] = pointer(name.removesuffix("_pointer"), case)
+        else:
+            signature[name] = seed if name == "seed" else "fp32" if name in FLOATS else "i32"
+        if name.endswith(("_pointer", "_stride")):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    target = GPUTarget("cuda", case["architecture"], 32)
+    options = {"num_warps": case["num_warps"], "num_stages": case["num_stages"]}
+    result = triton.compile(source, target=target, options=options)
+    ptx, ttgir = result.asm["ptx"], result.asm["ttgir"]
+    path = os.path.join(os.environ["FOLDER"], case["id"] + ".cubin")
+    open(path, "wb").write(result.asm["cubin"])
+    return {
+        "cubin": path,
+        "shared_bytes": result.metadata.shared,
+        "num_wgmma": ptx.count("wgmma.mma_async"),
+        "num_mma": ptx.count("mma.sync"),
+        "num_conversions": ttgir.count("convert_layout"),
+        "num_shared_accesses": sum(ptx.count(name) for name in (
+            "ld.shared", "st.shared", "ldmatrix", "stmatrix", "shfl.sync")),
+        "num_philox_products": ptx.count("mul.hi"),
+    }
+
+if __name__ == "__main__":
+    cases = json.load(open(os.environ["FOLDER"] + "/cases.json"))
+    with ProcessPoolExecutor(2) as pool:
+        json.dump(list(pool.map(compiled, cases)), open(os.environ["FOLDER"] + "/out.json", "w"))
+"""
+
+
+class Case(NamedTuple):
+    kernel: str
+    architecture: int
+    size: int
+    flags: tuple[tuple[str, Any], ...] = ()
+    dtype: str = "bf16"
+    tiles: Tiles | None = None  # None: those of the table
+
+    def __str__(self) -> str:
+        flags = "-".join(f"{name}={value}" for name, value in self.flags)
+        return f"{self.kernel}-sm_{self.architecture}-{self.size}-{self.dtype}-{flags or 'plain'}"
+
+    def chosen_tiles(self) -> Tiles:
+        if self.tiles is not None:
+            return self.tiles
+        row = CHIPS[self.architecture] if self.dtype != "fp32" else "float32"
+        width = 64 if self.size <= 64 else 128 if self.size <= 128 else 256
+        if self.kernel == "forward_kernel":
+            return FORWARD[row][width]
+        both = BACKWARD[row][width]
+        return both.keys if self.kernel == "key_value_gradient_kernel" else both.queries
+
+    def to_json(self) -> dict[str, Any]:
+        tiles = self.chosen_tiles()
+        block = 1 << (self.size - 1).bit_length()
+        constants = {
+            **dict(self.flags),
+            "PRECISION": "tf32x3" if self.dtype == "fp32" else "ieee",
+            "HEAD_SIZE": self.size,
+            "VALUE_SIZE": self.size,
+            "BLOCK_D": block,
+            "BLOCK_DV": block,
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            "CHUNK": tiles.chunk,
+        }
+        return {
+            "id": re.sub(r"[^\w]", "_", str(self)),
+            "module": MODULES[self.kernel],
+            "kernel": self.kernel,
+            "architecture": self.architecture,
+            "dtype": self.dtype,
+            "constants": constants,
+            "num_warps": tiles.num_warps,
+            "num_stages": tiles.num_stages,
+        }
+
+
+DROPOUT = (("HAS_DROPOUT", True),)
+MAIN = tuple(MODULES)[:3]
+GRID = [
+    Case(kernel, architecture, size, flags)
+    for kernel in MAIN
+    for architecture in (80, 90)
+    for size in SIZES
+    for flags in ((), DROPOUT)
+] + [Case(kernel, 86, size, DROPOUT) for kernel in MAIN for size in (64, 128, 256)]
+DECODE = (("IS_PACKED", True), ("HAS_LENGTHS", True), ("BOTTOM_RIGHT", True))
+EVERYTHING = (
+    ("BOTTOM_RIGHT", True),
+    ("HAS_SOFTCAP", True),
+    ("HAS_ALIBI", True),
+    ("HAS_SINKS", True),
+    ("HAS_DROPOUT", True),
+    ("SEED_IS_POINTER", True),
+)
+# Compiled with every feature; spills are allowed there.
+FEATURES = [
+    *(Case(kernel, 90, 128, (*EVERYTHING, ("MASK_TYPE", 2))) for kernel in MODULES),
+    *(Case(kernel, 90, 64, (*EVERYTHING, ("MASK_TYPE", 1)), "fp16") for kernel in MAIN),
+    *(Case(kernel, 80, 64, (*EVERYTHING, ("IS_VARLEN", True))) for kernel in MAIN),
+    *(Case(kernel, 90, 64, DROPOUT, "fp32") for kernel in MAIN),
+    Case("query_gradient_kernel", 90, 128, (("MASK_TYPE", 2), ("STORE_MASK", True))),
+    *(
+        Case("forward_kernel", architecture, 128, (*DECODE, ("IS_INT8", is_int8)), "bf16", tiles)
+        for architecture in (80, 90)
+        for is_int8 in (False, True)
+        for tiles in (Tiles(16, 64, 4, 3),)
+    ),
+]
+BROKEN = Case("query_gradient_kernel", 90, 256, DROPOUT, "bf16", Tiles(64, 32, 4, 1))
+
+
+class Compiled(NamedTuple):
+    cubin: str
+    shared_bytes: int
+    num_wgmma: int
+    num_mma: int
+    num_conversions: int
+    num_shared_accesses: int
+    num_philox_products: int
+
+    def stack_bytes(self) -> int:
+        """What does not fit in registers, by the binary's own account."""
+        folder = triton_tools()
+        assert folder is not None
+        command = [str(folder / "cuobjdump"), "-res-usage", self.cubin]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = re.search(r"STACK:(\d+).*LOCAL:(\d+)", text)
+        assert found, text
+        return int(found[1]) + int(found[2])
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Compiled]:
+    """Every case, compiled in processes where Triton does not interpret."""
+    if not pyfast._backend.has_triton():
+        pytest.skip("triton is not installed")
+    folder = tmp_path_factory.mktemp("attention")
+    cases = [*GRID, *FEATURES, BROKEN]
+    (folder / "cases.json").write_text(json.dumps([case.to_json() for case in cases]))
+    (folder / "compile_cases.py").write_text(COMPILE)
+    done = run_python(
+        f"import runpy; runpy.run_path({str(folder / 'compile_cases.py')!r}, run_name='__main__')",
+        900,
+        FOLDER=str(folder),
+        TRITON_CACHE_DIR=str(folder / "cache"),
+        TRITON_INTERPRET="0",
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((folder / "out.json").read_text())
+    return {case: Compiled(**result) for case, result in zip(cases, results, strict=True)}
+
+
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_does_not_spill(code: dict[Case, Compiled], case: Case) -> None:
+    assert code[case].stack_bytes() == 0
+
+
+@pytest.mark.parametrize("case", [*GRID, *FEATURES], ids=str)
+def test_uses_tensor_cores(code: dict[Case, Compiled], case: Case) -> None:
+    """wgmma where there is one; tiles of less than 64 rows are too small for it."""
+    compiled, tiles = code[case], case.chosen_tiles()
+    if case.architecture == 90 and min(tiles.block_m, 64) == 64 and case.dtype != "fp32":
+        assert compiled.num_wgmma > 0
+    else:
+        assert compiled.num_mma + compiled.num_wgmma > 0
+
+
+@pytest.mark.parametrize("case", [*GRID, *FEATURES], ids=str)
+def test_shared_memory_suffices(code: dict[Case, Compiled], case: Case) -> None:
+    assert 0 < code[case].shared_bytes <= SHARED_BYTES[case.architecture]
+
+
+PAIRS = [case for case in GRID if case.flags == DROPOUT and case.architecture != 86]
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_dropout_moves_nothing(code: dict[Case, Compiled], case: Case) -> None:
+    """The registers that hold the scores of a thread are those in which its random bits arise."""
+    dropped, plain = code[case], code[case._replace(flags=())]
+    assert plain.num_philox_products == 0 < dropped.num_philox_products
+    assert dropped.num_conversions <= plain.num_conversions
+    assert dropped.num_shared_accesses <= plain.num_shared_accesses
+    assert dropped.shared_bytes <= plain.shared_bytes
+
+
+def test_the_checks_tell_bad_code(code: dict[Case, Compiled]) -> None:
+    assert code[BROKEN].stack_bytes() > 0
