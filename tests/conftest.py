@@ -8,6 +8,7 @@ its interpreter, and the CUDA kernels run as host code in a session of their own
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 import os
 import sys
@@ -101,7 +102,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("backend", chosen, ids=[b.id for b in chosen], indirect=True)
 
 
+def _is_spared(item: pytest.Item) -> bool:
+    """Attention takes seconds a call in Triton's interpreter: there each case of it runs in one
+    dtype, which differs from case to case."""
+    callspec = getattr(item, "callspec", None)
+    if callspec is None or "attention" not in item.path.name:
+        return False
+    backend, dtype = (callspec.params.get(name) for name in ("backend", "dtype"))
+    if not (isinstance(backend, Backend) and backend.is_slow and isinstance(dtype, torch.dtype)):
+        return False
+    rest = item.nodeid.replace(str(dtype), "")
+    turn = (torch.float32, torch.bfloat16, torch.float16).index(dtype)
+    return binascii.crc32(rest.encode()) % 3 != turn
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    spared = [item for item in items if _is_spared(item)]
+    config.hook.pytest_deselected(items=spared)
+    items[:] = [item for item in items if not _is_spared(item)]
     if not config.getoption("--emulate-cuda"):
         return
 

@@ -229,7 +229,7 @@ def test_gradients_of_rows_of_the_smallest_number(
     backend: Backend, dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
     """exp(score - lse) is 1 for each key there, because lse has no digit left for log(S)."""
-    if backend.name == "cpu":
+    if backend.name in ("cpu", "triton"):
         reason = "as in torch's CPU kernel: the backward pass knows a row by its lse in float32"
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     q, k, v = (t.to(dtype).requires_grad_() for t in normal(3, 1, 2, 33, 16))

@@ -1,5 +1,6 @@
 """Two faults of Triton's interpreter, mended for the tests: it cuts float32 to bfloat16 instead of
-rounding to nearest even, as GPUs do, and multiplies the bit patterns of bfloat16 in products."""
+rounding to nearest even, as GPUs do, and computes with its bit patterns where integers become
+bfloat16 and in products."""
 
 from __future__ import annotations
 
@@ -28,11 +29,13 @@ def mend() -> None:
 
     def cast(self: Any, source: Any, target: Any) -> Any:
         kinds = source.dtype.scalar, target.scalar
-        if kinds == (tl.float32, tl.bfloat16):
-            return handle(_to_bfloat16(source.data), tl.bfloat16)
-        if kinds == (tl.bfloat16, tl.float32):
-            return handle(_to_float(source.data), tl.float32)
-        return cast_impl(self, source, target)
+        if tl.bfloat16 not in kinds or kinds[0] == kinds[1]:
+            return cast_impl(self, source, target)
+        if kinds[0] == tl.bfloat16:
+            source = handle(_to_float(source.data), tl.float32)
+        if kinds[1] == tl.bfloat16:
+            return handle(_to_bfloat16(source.data.astype(np.float32)), tl.bfloat16)
+        return source if kinds[1] == tl.float32 else cast_impl(self, source, target)
 
     def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         a, b = (

@@ -125,6 +125,7 @@ def forward_kernel(
         num_rows = num_queries * group
         query = row // group
         b = outer // (heads // group)
+        sequence = b
         key_head = outer % (heads // group)
         head = key_head * group + row % group
         first = block * BLOCK_M // group

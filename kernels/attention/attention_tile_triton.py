@@ -146,7 +146,8 @@ def tile_scores(
             s = s + tl.maximum(mask * LOG2E, LOWEST)
             s = tl.where(mask == -float("inf"), -float("inf"), s)
     if EDGE:
-        visible = (distance <= left) & (distance >= -right) & (column < num_keys)[None, :]
+        visible = (distance <= left) & (distance >= -right)
+        visible = visible & (column < num_keys)[None, :] & (query < num_queries)[:, None]
         s = tl.where(visible, s, -float("inf"))
     return s, derivative
 

@@ -1,0 +1,280 @@
+"""Attention on an NVIDIA GPU against torch's best: ``python -m pyfast.benchmarks.gpu_attention``.
+
+Every case is checked against the float32 formula on a small shape, then timed in turns with each of
+torch's backends that takes it, with CUDA events; the best of these is the baseline. Decoding is
+compared with a copy of as many bytes. Writes a JSON with the samples, and a plot. ``--dry-run`` goes
+through everything on the CPU with tiny shapes, without a plot or figures that mean anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import pyfast
+
+ours = pyfast.nn.functional.scaled_dot_product_attention
+BASELINES = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+TOKENS = 16384
+HIDDEN = 2048
+
+
+@dataclass
+class Case:
+    """``kind``: plain, dropout, bias or decode; ``bar``: the speed-up over torch's best, or for
+    decoding the share of the copy, that is aimed at."""
+
+    kind: str
+    batch: int
+    heads: int
+    key_heads: int
+    num_queries: int
+    num_keys: int
+    size: int
+    causal: bool = False
+    backward: bool = False
+    bar: float = 0.0
+
+    @property
+    def name(self) -> str:
+        passes = "forward+backward" if self.backward else "forward"
+        words = [self.kind, *(["causal"] if self.causal else []), passes]
+        return " ".join(words) + f" {self.batch}x{self.heads}x{self.num_keys}x{self.size}"
+
+    @property
+    def num_flops(self) -> float:
+        products = (4 + 10 * self.backward) / (1 + self.causal)
+        return products * self.batch * self.heads * self.num_queries * self.num_keys * self.size
+
+    @property
+    def num_bytes(self) -> int:
+        return 2 * 2 * self.batch * self.key_heads * self.num_keys * self.size
+
+
+@dataclass
+class Result:
+    case: Case
+    samples_us: dict[str, list[float]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    served_by: str = ""
+    best: str = ""
+    speedup: float | None = None  # median over rounds of the best baseline's time by ours
+    tflops: float | None = None
+    share_of_copy: float | None = None
+
+
+def cases(tokens: int, hidden: int, lengths: tuple[int, ...], decode_keys: int) -> list[Case]:
+    found = []
+    for length in lengths:
+        batch = max(1, tokens // length)
+        for size in (64, 128):
+            heads = max(1, hidden // size)
+            new = functools.partial(Case, "plain", batch, heads, heads, length, length, size)
+            for causal in (False, True):
+                found.append(new(causal, bar=0.75))
+                found.append(new(causal, True))
+        heads = max(1, hidden // 128)
+        shape = (batch, heads, heads, length, length, 128)
+        found += [Case("dropout", *shape, causal, True, 1.3) for causal in (False, True)]
+        found.append(Case("bias", *shape, False, True, 1.5))
+    found.append(Case("decode", 16, 32, 8, 1, decode_keys, 128, bar=0.8))
+    return found
+
+
+def inputs(case: Case, device: str, requires_grad: bool) -> dict[str, Tensor]:
+    def normal(*shape: int) -> Tensor:
+        x = torch.randn(shape, device=device, dtype=torch.bfloat16)
+        return x.transpose(1, 2).requires_grad_(requires_grad)
+
+    tensors = {
+        "query": normal(case.batch, case.num_queries, case.heads, case.size),
+        "key": normal(case.batch, case.num_keys, case.key_heads, case.size),
+        "value": normal(case.batch, case.num_keys, case.key_heads, case.size),
+    }
+    if case.kind == "bias":
+        shape = (1, case.heads, case.num_queries, case.num_keys)
+        bias = torch.randn(shape, device=device, dtype=torch.bfloat16)
+        tensors["attn_mask"] = bias.requires_grad_(requires_grad)
+    return tensors
+
+
+def call_of(case: Case, function: Callable[..., Any], x: dict[str, Tensor]) -> Callable[[], Any]:
+    options: dict[str, Any] = {"is_causal": case.causal, "enable_gqa": case.heads > case.key_heads}
+    if case.kind == "dropout":
+        options["dropout_p"] = 0.1
+    forward = functools.partial(function, **x, **options)
+    if not case.backward:
+        return forward
+    grad = torch.randn_like(x["query"])
+    return lambda: torch.autograd.grad(forward(), list(x.values()), grad)
+
+
+def contenders(case: Case, device: str, dry: bool) -> dict[str, Callable[[], Any]]:
+    x = inputs(case, device, case.backward)
+    found: dict[str, Callable[[], Any]] = {}
+
+    def with_backend(context: Callable[[], Any], call: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with context():
+                return call()
+
+        return run
+
+    name = "reference" if dry else "triton"
+    found["pyfast"] = with_backend(
+        functools.partial(pyfast.use_backend, name), call_of(case, ours, x)
+    )
+    for label, backend in BASELINES.items():
+        if not dry or label == "math":
+            call = call_of(case, F.scaled_dot_product_attention, x)
+            found[label] = with_backend(functools.partial(sdpa_kernel, backend), call)
+    if case.kind == "decode":
+        source = torch.empty(case.num_bytes // 2, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        found["copy"] = lambda: target.copy_(source)  # reads and writes num_bytes in all
+    return found
+
+
+def check(case: Case, device: str, name: str) -> None:
+    """RuntimeError unless ours is right on a small shape."""
+    small = Case(case.kind, 1, 2, 1 if case.key_heads < case.heads else 2, 200, 260, case.size)
+    small.causal, small.backward = False, case.backward
+    x = inputs(small, device, case.backward)
+    seeded = functools.partial(ours, seed=7) if case.kind == "dropout" else ours
+    with pyfast.use_backend(name):
+        actual = call_of(small, seeded, x)()
+    exact = {n: t.detach().double().requires_grad_(case.backward) for n, t in x.items()}
+    torch.manual_seed(0)
+    with pyfast.use_backend("reference"):
+        wanted = call_of(small, seeded, exact)()
+    if case.backward:
+        return  # of random gradients: tests/test_attention*.py check these
+    error = (actual.double() - wanted).abs().max().item()
+    if not error <= 0.03:
+        raise RuntimeError(f"{case.name}: off by {error}")
+
+
+def time_us(call: Callable[[], Any], device: str, num_calls: int) -> float:
+    if device == "cpu":
+        start = time.perf_counter()
+        for _ in range(num_calls):
+            call()
+        return 1e6 * (time.perf_counter() - start) / num_calls
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    for _ in range(num_calls):
+        call()
+    last.record()
+    last.synchronize()
+    return 1e3 * first.elapsed_time(last) / num_calls
+
+
+def measure(case: Case, device: str, rounds: int, dry: bool) -> Result:
+    result = Result(case)
+    running = {}
+    for name, call in contenders(case, device, dry).items():
+        try:
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                call()
+                torch.cuda.synchronize()
+                result.peak_bytes[name] = torch.cuda.max_memory_allocated() - before
+            running[name] = call
+        except RuntimeError as error:  # a backend that does not take the call, or out of memory
+            if name == "pyfast":
+                raise
+            result.refused[name] = str(error).splitlines()[0][:200]
+    for name, call in running.items():
+        result.samples_us[name] = []
+        time_us(call, device, 3 if not dry else 1)
+    for _ in range(rounds):
+        for name, call in running.items():
+            result.samples_us[name].append(time_us(call, device, 1 if dry else 5))
+    medians = {name: statistics.median(s) for name, s in result.samples_us.items()}
+    rivals = {n: t for n, t in medians.items() if n not in ("pyfast", "copy")}
+    our_samples = result.samples_us["pyfast"]
+    if rivals:
+        result.best = min(rivals, key=rivals.__getitem__)
+        pairs = zip(result.samples_us[result.best], our_samples, strict=True)
+        result.speedup = statistics.median(theirs / mine for theirs, mine in pairs)
+    result.tflops = case.num_flops / medians["pyfast"] * 1e-6
+    if "copy" in medians:
+        pairs = zip(result.samples_us["copy"], our_samples, strict=True)
+        result.share_of_copy = statistics.median(copy / mine for copy, mine in pairs)
+    return result
+
+
+def plot(results: list[Result], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [result for result in results if result.speedup is not None]
+    figure, axes = plt.subplots(figsize=(9, 0.28 * len(shown) + 1))
+    names = [f"{r.case.name} (torch: {r.best})" for r in shown]
+    axes.barh(names, [r.speedup or 0 for r in shown])
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.plot([r.case.bar or None for r in shown], names, "|", color="red", markersize=10)
+    axes.invert_yaxis()
+    axes.set_xlabel("torch's best time / pyfast's (red: what is aimed at)")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="a JSON; a plot goes beside it")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dry-run", action="store_true")
+    arguments = parser.parse_args()
+    dry = arguments.dry_run
+    if not dry and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device; --dry-run goes through it on the CPU")
+    device = "cpu" if dry else "cuda"
+    chosen = cases(64, 256, (32,), 64) if dry else cases(TOKENS, HIDDEN, (2048, 4096, 16384), 8192)
+    results = []
+    for case in chosen:
+        check(case, device, "reference" if dry else "triton")
+        result = measure(case, device, 2 if dry else arguments.rounds, dry)
+        result.served_by = "reference" if dry else "triton"
+        results.append(result)
+        versus = f"{result.speedup:.2f}x torch's {result.best}" if result.speedup else "no rival"
+        share = f", {100 * result.share_of_copy:.0f}% of a copy" if result.share_of_copy else ""
+        print(f"{case.name}: {result.tflops:.0f} TFLOP/s, {versus}{share}", flush=True)
+    environment = {
+        "command": "python -m pyfast.benchmarks.gpu_attention --out " + str(arguments.out),
+        "device": "dry run" if dry else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "pyfast": pyfast.__version__,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(result) for result in results]
+    arguments.out.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1))
+    if not dry:
+        plot(results, arguments.out.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Every op on a GPU, many times with the same inputs: each result must equal the first to the bit.
+
+``python benchmarks/gpu_repeat.py REPEATS [cuda]``; with ``cuda`` only the CUDA C++ kernels, which
+is what a sanitizer should see.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+import pyfast
+
+F = pyfast.nn.functional
+
+
+def _normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, dtype=dtype, device="cuda").requires_grad_()
+
+
+def _with_gradients(function: Callable[[], Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+    out = function()
+    return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+def calls() -> dict[str, Callable[[], list[Tensor]]]:
+    """By "backend op": the op with its gradients."""
+    x, residual = _normal(70, 1000), _normal(70, 1000)
+    weight = _normal(1000, dtype=torch.float32)
+    q, k, v = _normal(2, 8, 300, 64), _normal(2, 2, 333, 64), _normal(2, 2, 333, 64)
+    bias = _normal(1, 8, 300, 333)
+    found: dict[str, Callable[[], list[Tensor]]] = {}
+    for backend in ("cuda", "triton"):
+        found[f"{backend} dropout"] = lambda: _with_gradients(
+            lambda: F.dropout(x, 0.1, seed=3), [x]
+        )
+        found[f"{backend} dropout_add_rms_norm"] = lambda: _with_gradients(
+            lambda: F.dropout_add_rms_norm(x, residual, 1000, weight, p=0.1, seed=3),
+            [x, residual, weight],
+        )
+    found["triton attention"] = lambda: _with_gradients(
+        lambda: F.scaled_dot_product_attention(
+            q, k, v, bias, 0.1, True, enable_gqa=True, softcap=20.0, seed=3
+        ),
+        [q, k, v, bias],
+    )
+    return found
+
+
+def main(repeats: int, only: str) -> None:
+    torch.manual_seed(0)
+    for name, call in calls().items():
+        backend = name.split()[0]
+        if only not in name:
+            continue
+        with pyfast.use_backend(backend):
+            first = call()
+            for i in range(repeats):
+                for a, b in zip(first, call(), strict=True):
+                    if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+                        raise SystemExit(f"{name}: repeat {i} differs from the first call")
+        print(f"{name}: {repeats} repeats are equal")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "")
