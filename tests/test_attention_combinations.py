@@ -139,6 +139,30 @@ def test_masks_of_every_shape(backend: Backend, kind: str, axes: str) -> None:
     checked(backend, Case((2,), 4, *lengths, 8, key_heads=2, mask=mask, causal=True, p=0.1), dtype)
 
 
+SEVERAL_BLOCKS = (
+    Case((2,), 4, 70, 100, 24, 40, key_heads=2, causal=True, p=0.2),
+    Case((1,), 2, 100, 70, 24, causal=True, alignment="bottom_right", p=0.3, mask="bool bhls"),
+    Case((1,), 2, 130, 130, 16, window=(20, 30), softcap=1.5, alibi="h", sinks=True),
+    Case((1,), 2, 70, 130, 16, window=(40, -1), alignment="bottom_right", mask="float32 bhls"),
+    Case((2,), 2, 70, 66, 16, window=(-1, 35), mask="same hls", p=0.1),
+    Case((2,), 2, 66, 70, 16, mask="float32 bs", causal=True),
+    Case((1,), 3, 66, 70, 16, key_heads=1, mask="float32 ls", sinks=True),
+    Case((1,), 6, 5, 130, 16, key_heads=2, causal=True, alignment="bottom_right", sinks=True),
+)
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize("case", SEVERAL_BLOCKS, ids=str)
+def test_several_blocks(backend: Backend, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter has large tiles, which most cases fill once; here with those of a GPU."""
+    tiles = pytest.importorskip("pyfast.kernels.attention.attention_tiles")
+    forward, gradient = tiles.Tiles(64, 32, 4, 1), tiles.GradientTiles
+    both = gradient(forward, tiles.Tiles(32, 64, 4, 1))
+    for table, entry in ((tiles.FORWARD, forward), (tiles.BACKWARD, both)):
+        monkeypatch.setitem(table, "interpreter", dict.fromkeys((64, 128, 256), entry))
+    checked(backend, case, DTYPES[SEVERAL_BLOCKS.index(case) % 3])
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Case, torch.dtype]:
     def one_of(*values: Any) -> Any:

@@ -38,21 +38,21 @@ class GradientTiles(NamedTuple):
 # By the widest head, a power of two. Chips with 164 KB of shared memory and more (sm_80, sm_100)
 # are large, the others have 100 KB.
 FORWARD = {
-    "hopper": {64: Tiles(128, 128, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 4, 3)},
+    "hopper": {64: Tiles(128, 128, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 3)},
     "large": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 32, 8, 3), 256: Tiles(64, 32, 8, 2)},
     "small": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 32, 8, 2), 256: Tiles(32, 32, 4, 2)},
     "float32": {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 32, 4, 1), 256: Tiles(16, 32, 4, 1)},
-    "interpreter": dict.fromkeys((64, 128, 256), Tiles(64, 32, 4, 1)),
+    "interpreter": dict.fromkeys((64, 128, 256), Tiles(128, 128, 4, 1)),
 }
 BACKWARD = {
     "hopper": {
         64: GradientTiles(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 1)),
         128: GradientTiles(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 1)),
-        256: GradientTiles(Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1)),
+        256: GradientTiles(Tiles(64, 32, 8, 2, 64), Tiles(32, 32, 8, 1)),
     },
     "large": {
-        64: GradientTiles(Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 2)),
-        128: GradientTiles(Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 2)),
+        64: GradientTiles(Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 2, 64)),
+        128: GradientTiles(Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 1)),
         256: GradientTiles(Tiles(32, 32, 8, 1, 64), Tiles(32, 32, 8, 1)),
     },
     "small": {
@@ -66,7 +66,7 @@ BACKWARD = {
         256: GradientTiles(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
     },
     "interpreter": dict.fromkeys(
-        (64, 128, 256), GradientTiles(Tiles(64, 32, 4, 1), Tiles(32, 64, 4, 1))
+        (64, 128, 256), GradientTiles(Tiles(128, 128, 4, 1), Tiles(128, 128, 4, 1))
     ),
 }
 
@@ -113,7 +113,7 @@ def decode_tiles(device: torch.device, dtype: torch.dtype, size: int, rows: int)
     block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
     name = chip(device, dtype)
     if name == "interpreter":
-        return Tiles(block_m, 32, 4, 1)
+        return Tiles(block_m, 128, 4, 1)
     if name == "float32" or name == "small" or size > 128:
         return Tiles(block_m, 32, 4, 2)
     return Tiles(block_m, 64, 4, 3)
