@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def _normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(shape, dtype=dtype, device="cuda").requires_grad_()
 
 
-def _with_gradients(function: Callable[[], Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+def _with_gradients(function: Callable[[], Any], leaves: Sequence[Tensor]) -> list[Tensor]:
     out = function()
     return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
@@ -37,8 +38,8 @@ def calls() -> dict[str, Callable[[], list[Tensor]]]:
         found[f"{backend} dropout"] = lambda: _with_gradients(
             lambda: F.dropout(x, 0.1, seed=3), [x]
         )
-        found[f"{backend} dropout_add_rms_norm"] = lambda: _with_gradients(
-            lambda: F.dropout_add_rms_norm(x, residual, 1000, weight, p=0.1, seed=3),
+        found[f"{backend} dropout_add_norm"] = lambda: _with_gradients(
+            lambda: F.dropout_add_norm(x, residual, weight, p=0.1, norm="rms", seed=3),
             [x, residual, weight],
         )
     found["triton attention"] = lambda: _with_gradients(

@@ -137,10 +137,18 @@ def _backward_native(
 def _forward_triton(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     from ..kernels.attention.attention_triton import attention_triton
 
-    mask, *vectors = arguments[:5]
-    mask = mask if mask is None else mask.resolve_neg()
-    operands = (heads_last_dim(q), heads_last_dim(k), heads_last_dim(v), mask)
-    return attention_triton(*operands, *map(_contiguous, vectors), *arguments[5:])
+    mask, slopes, sinks, cu_q, cu_k, *rest = arguments
+    tensors = (
+        heads_last_dim(q),
+        heads_last_dim(k),
+        heads_last_dim(v),
+        mask if mask is None else mask.resolve_neg(),
+        _contiguous(slopes),
+        _contiguous(sinks),
+        _contiguous(cu_q),
+        _contiguous(cu_k),
+    )
+    return attention_triton(*tensors, *rest)
 
 
 def _backward_triton(
@@ -149,16 +157,21 @@ def _backward_triton(
     from ..kernels.attention.attention_backward_triton import attention_backward_triton
 
     mask, slopes, sinks, cu_q, cu_k, out, lse, *rule, _ = arguments
-    *grads, grad_mask, delta = attention_backward_triton(
+    tensors = (
         heads_last_dim(grad_out),
         grad_lse.contiguous().resolve_neg(),
-        *map(heads_last_dim, (q, k, v)),
+        heads_last_dim(q),
+        heads_last_dim(k),
+        heads_last_dim(v),
         mask if mask is None else mask.resolve_neg(),
-        *map(_contiguous, (slopes, sinks, cu_q, cu_k)),
+        _contiguous(slopes),
+        _contiguous(sinks),
+        _contiguous(cu_q),
+        _contiguous(cu_k),
         heads_last_dim(out),
         lse.contiguous(),
-        *rule,
     )
+    *grads, grad_mask, delta = attention_backward_triton(*tensors, *rule)
     if grad_mask.numel() and mask is not None:
         grad_mask = grad_mask.to(mask.dtype)
     return (*grads, grad_mask, lse.new_empty(0), _sink_gradient(sinks, lse, delta))

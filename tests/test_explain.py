@@ -1,0 +1,87 @@
+"""pyfast.explain: which backend serves a call, and why."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HAS_GPU
+from oracle import normal
+from torch.autograd import forward_ad
+
+import pyfast
+from pyfast import _backend
+
+ROOT = Path(__file__).resolve().parents[1]
+F = pyfast.nn.functional
+
+
+def test_tells_backend_and_reasons() -> None:
+    q = normal(2, 3, 5, 8)
+    (served,) = pyfast.explain("scaled_dot_product_attention", q, q, q)
+    assert (served.op, served.backend) == ("attention", "cpu")
+    assert "first choice on cpu" in served.reason
+    assert served.others["cuda"] == "it has no implementation of this op"
+    assert served.others["reference"] == "it could serve the call, if asked for"
+    text = str(pyfast.explain(F.scaled_dot_product_attention, q, q, q))
+    assert text.startswith("attention: cpu, because") and "    not triton: " in text
+
+
+def test_tells_limits() -> None:
+    q = normal(1, 1, 5, 300)
+    (served,) = pyfast.explain(F.scaled_dot_product_attention, q, q, q)
+    assert served.backend == "reference" and "head sizes from 1 to 256" in served.reason
+    assert "head sizes from 1 to 256" in served.others["cpu"]
+
+
+def test_tells_what_was_asked_for() -> None:
+    with pyfast.use_backend("reference"):
+        (served,) = pyfast.explain(F.dropout, torch.ones(9))
+    assert (served.backend, served.reason) == ("reference", "it was asked for")
+    assert served.others["cpu"] == "it could serve the call, if asked for"
+
+
+def test_sees_modules_gradients_and_forward_mode() -> None:
+    layer = pyfast.nn.MultiheadAttention(8, 2, dropout=0.1, batch_first=True)
+    x = normal(2, 5, 8)
+    found = pyfast.explain(lambda: layer(x, x, x, need_weights=False)[0].sum().backward())
+    assert [served.op for served in found][:1] == ["attention"]
+    assert "attention_backward" in [served.op for served in found]
+
+    def forward_mode() -> None:
+        with forward_ad.dual_level():
+            F.dropout(forward_ad.make_dual(x, torch.ones_like(x)))
+
+    (served,) = pyfast.explain(forward_mode)
+    assert served.backend == "reference" and "forward-mode" in served.reason
+    assert str(pyfast.explain(torch.sin, x)) == "no pyfast op was called"
+
+
+def test_forgets_after_an_error() -> None:
+    with pytest.raises(AttributeError):
+        pyfast.explain("no such function")
+    with pytest.raises(ZeroDivisionError):
+        pyfast.explain(lambda: 1 / 0)
+    assert not _backend.observers
+
+
+@pytest.mark.skipif(HAS_GPU, reason="the script itself runs there")
+def test_gpu_benchmark_goes_through(tmp_path: Path) -> None:
+    """All of it but the GPU: on the CPU, with the reference in the kernels' place."""
+    out = tmp_path / "attention.json"
+    command = [sys.executable, "-m", "pyfast.benchmarks.gpu_attention", "--dry-run", "--out", out]
+    subprocess.run(command, check=True, capture_output=True)
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["case"]["kind"] for row in rows} == {"plain", "dropout", "bias", "decode"}
+    for row in rows:
+        assert len(row["samples_us"]["pyfast"]) == 2 and row["speedup"] > 0
+    refused = subprocess.run([*command[:3], "--out", out], capture_output=True, text=True)
+    assert refused.returncode == 2 and "no CUDA device" in refused.stderr
+
+
+def test_gpu_check_is_a_script() -> None:
+    subprocess.run(["bash", "-n", ROOT / "benchmarks/gpu_check.sh"], check=True)
