@@ -146,9 +146,9 @@ def forward_kernel(
     if BOTTOM_RIGHT:
         shift = num_keys - num_queries
     position = query + shift
-    b64 = tl.to_tensor(b).to(tl.int64)
-    head64 = tl.to_tensor(head).to(tl.int64)
-    key_head64 = tl.to_tensor(key_head).to(tl.int64)
+    b64 = tl.cast(b, tl.int64)
+    head64 = tl.cast(head, tl.int64)
+    key_head64 = tl.cast(key_head, tl.int64)
 
     q_base = q_pointer + b64 * q_b_stride
     q_offset = (query + first_query).to(tl.int64) * q_m_stride + head64 * q_h_stride
@@ -158,7 +158,7 @@ def forward_kernel(
         mask=(row < num_rows)[:, None] & (column_d < HEAD_SIZE)[None, :],
         other=0.0,
     )
-    start = tl.to_tensor(first_key).to(tl.int64)
+    start = tl.cast(first_key, tl.int64)
     k_base = k_pointer + b64 * k_b_stride + key_head64 * k_h_stride + start * k_n_stride
     v_base = v_pointer + b64 * v_b_stride + key_head64 * v_h_stride + start * v_n_stride
     k_scale_base = k_scale_pointer + b64 * k_scale_b_stride + key_head64 * k_scale_h_stride

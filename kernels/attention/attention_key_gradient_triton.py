@@ -112,7 +112,7 @@ def key_value_gradient_kernel(
     shift = 0
     if BOTTOM_RIGHT:
         shift = num_keys - num_queries
-    start = tl.to_tensor(first_key).to(tl.int64)
+    start = tl.cast(first_key, tl.int64)
     k_base = k_pointer + b64 * k_b_stride + key_head * k_h_stride + start * k_n_stride
     v_base = v_pointer + b64 * v_b_stride + key_head * v_h_stride + start * v_n_stride
     k = load_rows(k_base, column, k_n_stride, num_keys, HEAD_SIZE, BLOCK_D)
@@ -136,8 +136,8 @@ def key_value_gradient_kernel(
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     for h in range(part * heads_per_program, (part + 1) * heads_per_program):
-        head = tl.to_tensor(h).to(tl.int64)
-        from_query = tl.to_tensor(first_query).to(tl.int64)
+        head = tl.cast(h, tl.int64)
+        from_query = tl.cast(first_query, tl.int64)
         q_base = q_pointer + b64 * q_b_stride + head * q_h_stride + from_query * q_m_stride
         grad_base = grad_out_pointer + b64 * grad_out_b_stride + head * grad_out_h_stride
         grad_base = grad_base + from_query * grad_out_m_stride
@@ -226,8 +226,8 @@ def key_value_gradient_kernel(
             wanted = column_d < tl.where(is_value, VALUE_SIZE, HEAD_SIZE)
             acc = tl.zeros((BLOCK_N, CHUNK), tl.float32)
             for h in range(part * heads_per_program, (part + 1) * heads_per_program):
-                head = tl.to_tensor(h).to(tl.int64)
-                from_query = tl.to_tensor(first_query).to(tl.int64)
+                head = tl.cast(h, tl.int64)
+                from_query = tl.cast(first_query, tl.int64)
                 q_base = q_pointer + b64 * q_b_stride + head * q_h_stride
                 q_base = q_base + from_query * q_m_stride
                 grad_base = grad_out_pointer + b64 * grad_out_b_stride + head * grad_out_h_stride

@@ -112,8 +112,8 @@ def query_gradient_kernel(
     if BOTTOM_RIGHT:
         shift = num_keys - num_queries
     position = query + shift
-    from_query = tl.to_tensor(first_query).to(tl.int64)
-    from_key = tl.to_tensor(first_key).to(tl.int64)
+    from_query = tl.cast(first_query, tl.int64)
+    from_key = tl.cast(first_key, tl.int64)
     q_base = q_pointer + b64 * q_b_stride + head * q_h_stride + from_query * q_m_stride
     grad_base = grad_out_pointer + b64 * grad_out_b_stride + head * grad_out_h_stride
     grad_base = grad_base + from_query * grad_out_m_stride

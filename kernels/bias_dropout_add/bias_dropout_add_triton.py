@@ -67,7 +67,7 @@ def backward_kernel(
     total = tl.zeros((COLUMNS,), dtype=tl.float32)
     row_end = tl.minimum((chunk + 1) * CHUNK_ROWS, num_rows)
     for row_index in range(chunk * CHUNK_ROWS, row_end):
-        row = tl.to_tensor(row_index).to(tl.int64)
+        row = tl.cast(row_index, tl.int64)
         first = row * num_columns + first_column
         bits = row_bits(key, first, stream, COLUMNS, ALIGNED)
         offset = row * num_columns + column

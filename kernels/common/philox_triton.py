@@ -16,13 +16,13 @@ def load_seed(seed, SEED_IS_POINTER: tl.constexpr):
         value = tl.load(seed)
     else:
         value = seed
-    return tl.to_tensor(value).to(tl.int64)
+    return tl.cast(value, tl.int64)
 
 
 @triton.jit
 def block_bits(seed, first, stream, SIZE: tl.constexpr):
     """The 16-bit words of elements first .. first + SIZE - 1; ``first`` is a multiple of 8."""
-    group = tl.to_tensor(first).to(tl.int64) // 8 + tl.arange(0, SIZE // 8)
+    group = tl.cast(first, tl.int64) // 8 + tl.arange(0, SIZE // 8)
     low = (group & 0xFFFFFFFF).to(tl.uint32)
     high = (group >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)

@@ -103,7 +103,7 @@ def backward_kernel(
     bias_sum = tl.zeros((COLUMNS,), dtype=tl.float32)
     row_end = tl.minimum((chunk + 1) * CHUNK_ROWS, num_rows)
     for row_index in range(chunk * CHUNK_ROWS, row_end):
-        row = tl.to_tensor(row_index).to(tl.int64)
+        row = tl.cast(row_index, tl.int64)
         offset = row * num_columns + column
         z = tl.load(z_pointer + offset, mask=inside, other=0.0).to(tl.float32)
         grad_y = tl.load(grad_y_pointer + offset, mask=inside, other=0.0).to(tl.float32)
