@@ -72,10 +72,10 @@ class Case:
 class Result:
     case: Case
     samples_us: dict[str, list[float]] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)  # by torch, or far from its best
     peak_bytes: dict[str, int] = field(default_factory=dict)
     best: str = ""
-    speedup: float | None = None  # median over rounds of the best baseline's time by ours
+    speedup: float = 0.0  # median over rounds of the best baseline's time by ours
     tflops: float | None = None
     share_of_copy: float | None = None
 
@@ -208,19 +208,23 @@ def measure(case: Case, device: str, rounds: int, dry: bool) -> Result:
             if name == "pyfast":
                 raise
             result.refused[name] = str(error).splitlines()[0][:200]
-    for name, call in running.items():
-        result.samples_us[name] = []
-        time_us(call, device, 3 if not dry else 1)
+    warm = {name: time_us(call, device, 1 if dry else 3) for name, call in running.items()}
+    fastest = min(t for name, t in warm.items() if name not in ("pyfast", "copy"))
+    for name, t in warm.items():
+        if name not in ("pyfast", "copy") and t > 2 * fastest:
+            del running[name]
+            result.refused[name] = f"too slow to be the best: {t:.0f} us"
+        else:
+            result.samples_us[name] = []
     for _ in range(rounds):
         for name, call in running.items():
             result.samples_us[name].append(time_us(call, device, 1 if dry else 5))
     medians = {name: statistics.median(s) for name, s in result.samples_us.items()}
     rivals = {n: t for n, t in medians.items() if n not in ("pyfast", "copy")}
     our_samples = result.samples_us["pyfast"]
-    if rivals:
-        result.best = min(rivals, key=rivals.__getitem__)
-        pairs = zip(result.samples_us[result.best], our_samples, strict=True)
-        result.speedup = statistics.median(theirs / mine for theirs, mine in pairs)
+    result.best = min(rivals, key=rivals.__getitem__)
+    pairs = zip(result.samples_us[result.best], our_samples, strict=True)
+    result.speedup = statistics.median(theirs / mine for theirs, mine in pairs)
     result.tflops = case.num_flops / medians["pyfast"] * 1e-6
     if "copy" in medians:
         pairs = zip(result.samples_us["copy"], our_samples, strict=True)
@@ -234,12 +238,11 @@ def plot(results: list[Result], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    shown = [result for result in results if result.speedup is not None]
-    figure, axes = plt.subplots(figsize=(9, 0.28 * len(shown) + 1))
-    names = [f"{r.case.name} (torch: {r.best})" for r in shown]
-    axes.barh(names, [r.speedup or 0 for r in shown])
+    figure, axes = plt.subplots(figsize=(9, 0.28 * len(results) + 1))
+    names = [f"{r.case.name} (torch: {r.best})" for r in results]
+    axes.barh(names, [r.speedup for r in results])
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.plot([r.case.bar or float("nan") for r in shown], names, "|", color="red", markersize=10)
+    axes.plot([r.case.bar or float("nan") for r in results], names, "|", color="red", markersize=10)
     axes.invert_yaxis()
     axes.set_xlabel("torch's best time / pyfast's (red: what is aimed at)")
     figure.tight_layout()
@@ -262,7 +265,7 @@ def main() -> None:
         check(case, device, "reference" if dry else "triton")
         result = measure(case, device, 2 if dry else arguments.rounds, dry)
         results.append(result)
-        versus = f"{result.speedup:.2f}x torch's {result.best}" if result.speedup else "no rival"
+        versus = f"{result.speedup:.2f}x torch's {result.best}"
         share = f", {100 * result.share_of_copy:.0f}% of a copy" if result.share_of_copy else ""
         print(f"{case.name}: {result.tflops:.0f} TFLOP/s, {versus}{share}", flush=True)
     environment = {

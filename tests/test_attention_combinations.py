@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from typing import Any
@@ -161,6 +162,46 @@ def test_several_blocks(backend: Backend, case: Case, monkeypatch: pytest.Monkey
     for table, entry in ((tiles.FORWARD, forward), (tiles.BACKWARD, both)):
         monkeypatch.setitem(table, "interpreter", dict.fromkeys((64, 128, 256), entry))
     checked(backend, case, DTYPES[SEVERAL_BLOCKS.index(case) % 3])
+
+
+@pytest.mark.backends("triton")
+def test_autotuning(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopwatch that prefers narrow blocks: each candidate is right, the fastest is kept."""
+    tiles = pytest.importorskip("pyfast.kernels.attention.attention_tiles")
+    start = tiles.Tiles(64, 32, 4, 1)
+    timed = []
+
+    def stopwatch(launch: functools.partial[None]) -> float:
+        launch()
+        timed.append(launch.args[0])
+        return float(timed[-1].block_m + (100 if timed[-1].num_warps != 4 else 0))
+
+    monkeypatch.setattr(tiles, "AUTOTUNE", True)
+    monkeypatch.setattr(tiles, "_time_ms", stopwatch)
+    monkeypatch.setattr(tiles, "_fastest", {})
+    for table, entry in (
+        (tiles.FORWARD, start),
+        (tiles.BACKWARD, tiles.GradientTiles(start, start)),
+    ):
+        monkeypatch.setitem(table, "interpreter", dict.fromkeys((64, 128, 256), entry))
+    case = Case((1,), 2, 70, 66, causal=True, p=0.1)
+    checked(backend, case, torch.float32)
+    assert timed == 3 * tiles.neighbours(start)
+    assert set(tiles._fastest.values()) == {start._replace(block_m=32)}
+    checked(backend, case, torch.float32)
+    assert len(timed) == 3 * len(tiles.neighbours(start))
+
+
+def test_autotuning_starts_at_the_tables_entry() -> None:
+    tiles = pytest.importorskip("pyfast.kernels.attention.attention_tiles")
+    found = tiles.neighbours(tiles.Tiles(128, 32, 8, 4, 64))
+    assert found[0] == (128, 32, 8, 4, 64)
+    assert {tuple(t) for t in found[1:]} == {
+        (64, 32, 8, 4, 64),
+        (128, 64, 8, 4, 64),
+        (128, 32, 4, 4, 64),
+        (128, 32, 8, 3, 64),
+    }
 
 
 @st.composite

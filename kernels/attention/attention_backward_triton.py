@@ -22,7 +22,7 @@ from .attention_key_gradient_triton import key_value_gradient_kernel
 from .attention_mask_gradient_triton import mask_gradient_kernel
 from .attention_query_gradient_triton import query_gradient_kernel
 from .attention_tile_triton import load_rows
-from .attention_tiles import Tiles, gradient_tiles, num_multiprocessors
+from .attention_tiles import Tiles, gradient_tiles, launch_fastest, num_multiprocessors
 from .attention_triton import kernel_arguments, strides
 
 
@@ -126,8 +126,15 @@ def attention_backward_triton(
         "grad_scale": scale,
     }
     tiles = gradient_tiles(q.device, q.dtype, max(common["BLOCK_D"], common["BLOCK_DV"]))
-    _launch_queries(common, tiles.queries, grad_q, grad_mask, batch)
-    _launch_keys(common, tiles.keys, grad_k, grad_v, batch)
+    launch_fastest(
+        lambda tiles: _launch_queries(common, tiles, grad_q, grad_mask, batch),
+        tiles.queries,
+        common,
+        "queries",
+    )
+    launch_fastest(
+        lambda tiles: _launch_keys(common, tiles, grad_k, grad_v, batch), tiles.keys, common, "keys"
+    )
     if grad_mask.numel() > 0 and not _is_full(grad_mask, common):
         _launch_mask(common, tiles.queries, grad_mask, batch)
     return grad_q, grad_k, grad_v, grad_mask, delta

@@ -1,9 +1,11 @@
 """Tile sizes of the Triton kernels: a table by pass, head size and chip, chosen so that no register
-spills and shared memory suffices."""
+spills and shared memory suffices. With PYFAST_AUTOTUNE=1 they are where a search starts."""
 
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -121,3 +123,47 @@ def decode_tiles(device: torch.device, dtype: torch.dtype, size: int, rows: int)
 
 def gradient_tiles(device: torch.device, dtype: torch.dtype, size: int) -> GradientTiles:
     return BACKWARD[chip(device, dtype)][_width(size)]
+
+
+AUTOTUNE = os.environ.get("PYFAST_AUTOTUNE") == "1"
+_fastest: dict[tuple[Any, ...], Tiles] = {}
+
+
+def neighbours(tiles: Tiles) -> list[Tiles]:
+    """The tiles, and those a step away from them."""
+    changes: list[dict[str, int]] = [
+        {},
+        *({"block_m": m} for m in (tiles.block_m // 2, tiles.block_m * 2) if 16 <= m <= 128),
+        *({"block_n": n} for n in (tiles.block_n // 2, tiles.block_n * 2) if 32 <= n <= 128),
+        {"num_warps": 4 if tiles.num_warps == 8 else 8},
+        *({"num_stages": n} for n in (tiles.num_stages - 1, tiles.num_stages + 1) if 1 <= n <= 4),
+    ]
+    return [tiles._replace(**change) for change in changes]
+
+
+def _time_ms(launch: Callable[[], None]) -> float:
+    import triton  # the table is read without it, too
+
+    try:
+        return float(triton.testing.do_bench(launch, return_mode="median"))
+    except (RuntimeError, triton.runtime.errors.OutOfResources):
+        return float("inf")  # does not compile, or does not fit
+
+
+def launch_fastest(
+    launch: Callable[[Tiles], None], tiles: Tiles, arguments: dict[str, Any], *key: Any
+) -> None:
+    """Launches with the given tiles, or, if PYFAST_AUTOTUNE is 1, with the fastest of these and
+    their neighbours: timed at the first call of its kind, outside of graph capture. ``launch`` may
+    be repeated."""
+    q = arguments["q_pointer"]
+    if AUTOTUNE and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        lengths = (arguments[name].bit_length() for name in ("num_queries", "num_keys"))
+        names = ("BLOCK_D", "BLOCK_DV", "HAS_DROPOUT", "MASK_TYPE", "IS_VARLEN")
+        key = (tiles, q.device, q.dtype, *lengths, *(arguments[name] for name in names), *key)
+        if key not in _fastest:
+            candidates = neighbours(tiles)
+            times = [_time_ms(functools.partial(launch, one)) for one in candidates]
+            _fastest[key] = candidates[times.index(min(times))]
+        tiles = _fastest[key]
+    launch(tiles)

@@ -15,7 +15,13 @@ from torch import Tensor
 from ..common.philox_triton import seed_argument
 from .attention_forward_triton import combine_kernel, forward_kernel
 from .attention_tile_triton import LOG2E
-from .attention_tiles import decode_tiles, forward_tiles, num_multiprocessors
+from .attention_tiles import (
+    Tiles,
+    decode_tiles,
+    forward_tiles,
+    launch_fastest,
+    num_multiprocessors,
+)
 
 FAR = 1 << 30  # no bound
 MAX_PACKED_ROWS = 64
@@ -122,55 +128,59 @@ def forward(
     else:
         tiles = forward_tiles(q.device, q.dtype, widest)
         rows, num_programs = num_queries, heads if is_varlen else batch * heads
-    num_blocks = triton.cdiv(rows, tiles.block_m)
-    if is_varlen:
-        num_blocks = num_queries // tiles.block_m + arguments["num_sequences"]
-    num_splits = 1
-    if packs:
-        wanted = triton.cdiv(2 * num_multiprocessors(q.device), num_programs * num_blocks)
-        num_splits = max(1, min(wanted, triton.cdiv(k.shape[2], tiles.block_n), MAX_SPLITS))
-    parts, part_lse = out, lse
-    if num_splits > 1:
-        shape = (num_splits * batch, heads, num_queries)
-        parts = torch.empty((*shape, out.shape[3]), dtype=torch.float32, device=q.device)
-        part_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
     unused = q
     is_int8 = k_scale is not None
-    forward_kernel[(num_programs * num_blocks, num_splits)](
-        **arguments,
-        out_pointer=parts,
-        lse_pointer=part_lse,
-        sinks_pointer=unused if sinks is None else sinks,
-        lengths_pointer=unused if lengths is None else lengths,
-        k_scale_pointer=unused if k_scale is None else k_scale,
-        v_scale_pointer=unused if v_scale is None else v_scale,
-        **strides("out", "bhm", parts),
-        **strides("k_scale", "bhn", q if k_scale is None else k_scale),
-        **strides("v_scale", "bhn", q if v_scale is None else v_scale),
-        batch=batch,
-        num_blocks=num_blocks,
-        num_splits=num_splits,
-        HAS_SINKS=sinks is not None,
-        HAS_LENGTHS=lengths is not None,
-        IS_INT8=is_int8,
-        IS_PACKED=packs,
-        **tiles.as_arguments(),
-    )
-    if num_splits > 1:
-        combine_kernel[(batch * heads * num_queries,)](
-            parts,
-            part_lse,
-            out,
-            lse,
-            *out.stride()[:3],
-            heads,
-            num_queries,
-            batch * heads * num_queries,
-            num_splits,
-            VALUE_SIZE=out.shape[3],
-            BLOCK_DV=arguments["BLOCK_DV"],
-            BLOCK_SPLITS=triton.next_power_of_2(num_splits),
+
+    def launch(tiles: Tiles) -> None:
+        num_blocks = triton.cdiv(rows, tiles.block_m)
+        if is_varlen:
+            num_blocks = num_queries // tiles.block_m + arguments["num_sequences"]
+        num_splits = 1
+        if packs:
+            wanted = triton.cdiv(2 * num_multiprocessors(q.device), num_programs * num_blocks)
+            num_splits = max(1, min(wanted, triton.cdiv(k.shape[2], tiles.block_n), MAX_SPLITS))
+        parts, part_lse = out, lse
+        if num_splits > 1:
+            shape = (num_splits * batch, heads, num_queries)
+            parts = torch.empty((*shape, out.shape[3]), dtype=torch.float32, device=q.device)
+            part_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+        forward_kernel[(num_programs * num_blocks, num_splits)](
+            **arguments,
+            out_pointer=parts,
+            lse_pointer=part_lse,
+            sinks_pointer=unused if sinks is None else sinks,
+            lengths_pointer=unused if lengths is None else lengths,
+            k_scale_pointer=unused if k_scale is None else k_scale,
+            v_scale_pointer=unused if v_scale is None else v_scale,
+            **strides("out", "bhm", parts),
+            **strides("k_scale", "bhn", q if k_scale is None else k_scale),
+            **strides("v_scale", "bhn", q if v_scale is None else v_scale),
+            batch=batch,
+            num_blocks=num_blocks,
+            num_splits=num_splits,
+            HAS_SINKS=sinks is not None,
+            HAS_LENGTHS=lengths is not None,
+            IS_INT8=is_int8,
+            IS_PACKED=packs,
+            **tiles.as_arguments(),
         )
+        if num_splits > 1:
+            combine_kernel[(batch * heads * num_queries,)](
+                parts,
+                part_lse,
+                out,
+                lse,
+                *out.stride()[:3],
+                heads,
+                num_queries,
+                batch * heads * num_queries,
+                num_splits,
+                VALUE_SIZE=out.shape[3],
+                BLOCK_DV=arguments["BLOCK_DV"],
+                BLOCK_SPLITS=triton.next_power_of_2(num_splits),
+            )
+
+    launch_fastest(launch, tiles, arguments, packs, is_int8)
 
 
 def attention_triton(
