@@ -73,6 +73,16 @@ def loop_vmap(op: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
+def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, wherever its tensors are."""
+
+    def run(tensor: Tensor, *arguments: Any) -> Any:
+        with torch.cuda.device_of(tensor):
+            return kernel(tensor, *arguments)
+
+    return run
+
+
 def registered() -> Mapping[str, Op]:
     return _registry
 
@@ -108,6 +118,8 @@ class Op:
         limits: Callable[..., str] | None = None,
     ) -> None:
         self.name = schema.split("(", 1)[0]
+        if "triton" in kernels:
+            kernels = {**kernels, "triton": _on_its_device(kernels["triton"])}
         self.kernels = kernels
         self._limits = limits
         self._differentiable = differentiable
