@@ -13,7 +13,12 @@ from typing import Any, NamedTuple
 
 import pytest
 from oracle import run_python
-from pyfast.kernels.attention.attention_tiles import BACKWARD, FORWARD, Tiles
+from pyfast.kernels.attention.attention_tiles import (
+    Tiles,
+    decode_tiles,
+    forward_tiles,
+    gradient_tiles,
+)
 from test_compiled_code import triton_tools
 
 import pyfast
@@ -48,6 +53,8 @@ def pointer(name, case):
         return "*i64"
     if name == "mask" and case["constants"].get("MASK_TYPE") == 1:
         return "*u8"
+    if name == "mask":
+        return "*" + case["constants"].get("mask_dtype", case["dtype"])
     return "*i8" if name in "kv" and case["constants"].get("IS_INT8") else "*" + case["dtype"]
 
 def compiled(case):
@@ -111,9 +118,11 @@ class Case(NamedTuple):
             return self.tiles
         row = CHIPS[self.architecture] if self.dtype != "fp32" else "float32"
         width = 64 if self.size <= 64 else 128 if self.size <= 128 else 256
+        if ("IS_PACKED", True) in self.flags:
+            return decode_tiles(row, width, dict(self.flags)["rows"])
         if self.kernel == "forward_kernel":
-            return FORWARD[row][width]
-        both = BACKWARD[row][width]
+            return forward_tiles(row, width, ("mask_dtype", "fp32") in self.flags)
+        both = gradient_tiles(row, width)
         return both.keys if self.kernel == "key_value_gradient_kernel" else both.queries
 
     def to_json(self) -> dict[str, Any]:
@@ -160,6 +169,8 @@ EVERYTHING = (
     ("HAS_DROPOUT", True),
     ("SEED_IS_POINTER", True),
 )
+# What is 1 at a launch is a constant there, with other types in Triton's eyes.
+ONES = tuple((name, 1) for name in ("group", "heads", "batch", "num_queries", "num_keys"))
 # Compiled with every feature; spills are allowed there.
 FEATURES = [
     *(Case(kernel, 90, 128, (*EVERYTHING, ("MASK_TYPE", 2))) for kernel in MODULES),
@@ -167,11 +178,18 @@ FEATURES = [
     *(Case(kernel, 80, 64, (*EVERYTHING, ("IS_VARLEN", True))) for kernel in MAIN),
     *(Case(kernel, 90, 64, DROPOUT, "fp32") for kernel in MAIN),
     Case("query_gradient_kernel", 90, 128, (("MASK_TYPE", 2), ("STORE_MASK", True))),
+    *(Case(kernel, 90, 64, (*DROPOUT, ("MASK_TYPE", 2), *ONES)) for kernel in MODULES),
     *(
-        Case("forward_kernel", architecture, 128, (*DECODE, ("IS_INT8", is_int8)), "bf16", tiles)
-        for architecture in (80, 90)
+        Case(kernel, 90, size, (("MASK_TYPE", 2), ("mask_dtype", "fp32")))
+        for kernel in MODULES
+        for size in (64, 128)
+    ),
+    *(
+        Case("forward_kernel", chip, size, (*DECODE, ("IS_INT8", is_int8), ("rows", rows)), dtype)
+        for chip, rows in ((80, 16), (86, 64), (90, 64))
+        for size in (128, 256)
         for is_int8 in (False, True)
-        for tiles in (Tiles(16, 64, 4, 3),)
+        for dtype in ("bf16", "fp32")
     ),
 ]
 BROKEN = Case("query_gradient_kernel", 90, 256, DROPOUT, "bf16", Tiles(64, 32, 4, 1))

@@ -22,7 +22,7 @@ from .attention_key_gradient_triton import key_value_gradient_kernel
 from .attention_mask_gradient_triton import mask_gradient_kernel
 from .attention_query_gradient_triton import query_gradient_kernel
 from .attention_tile_triton import load_rows
-from .attention_tiles import Tiles, gradient_tiles, launch_fastest, num_multiprocessors
+from .attention_tiles import Tiles, chip, gradient_tiles, launch_fastest, num_multiprocessors
 from .attention_triton import kernel_arguments, strides
 
 
@@ -125,7 +125,8 @@ def attention_backward_triton(
         **strides("grad_out", "bhm", grad_out),
         "grad_scale": scale,
     }
-    tiles = gradient_tiles(q.device, q.dtype, max(common["BLOCK_D"], common["BLOCK_DV"]))
+    widest = max(common["BLOCK_D"], common["BLOCK_DV"])
+    tiles = gradient_tiles(chip(q.device, q.dtype), widest)
     launch_fastest(
         lambda tiles: _launch_queries(common, tiles, grad_q, grad_mask, batch),
         tiles.queries,

@@ -113,9 +113,11 @@ def forward_kernel(
         if sequence >= num_sequences:
             return
         first_query = tl.load(cu_q_pointer + sequence).to(tl.int32)
-        num_queries = tl.load(cu_q_pointer + sequence + 1).to(tl.int32) - first_query
+        end_query = tl.minimum(tl.load(cu_q_pointer + sequence + 1), num_queries)
+        num_queries = end_query.to(tl.int32) - first_query
         first_key = tl.load(cu_k_pointer + sequence).to(tl.int32)
-        num_keys = tl.load(cu_k_pointer + sequence + 1).to(tl.int32) - first_key
+        end_key = tl.minimum(tl.load(cu_k_pointer + sequence + 1), num_keys)
+        num_keys = end_key.to(tl.int32) - first_key
         b = tl.program_id(0) * 0
     else:
         block = num_blocks - 1 - slot  # a causal mask makes the last blocks the longest
@@ -141,7 +143,7 @@ def forward_kernel(
         first = block * BLOCK_M
         last = tl.minimum(first + BLOCK_M, num_queries) - 1
     if HAS_LENGTHS:
-        num_keys = tl.load(lengths_pointer + b).to(tl.int32)
+        num_keys = tl.minimum(tl.load(lengths_pointer + b), num_keys).to(tl.int32)
     shift = 0
     if BOTTOM_RIGHT:
         shift = num_keys - num_queries

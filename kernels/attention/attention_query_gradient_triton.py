@@ -99,9 +99,11 @@ def query_gradient_kernel(
         if sequence >= num_sequences:
             return
         first_query = tl.load(cu_q_pointer + sequence).to(tl.int32)
-        num_queries = tl.load(cu_q_pointer + sequence + 1).to(tl.int32) - first_query
+        end_query = tl.minimum(tl.load(cu_q_pointer + sequence + 1), num_queries)
+        num_queries = end_query.to(tl.int32) - first_query
         first_key = tl.load(cu_k_pointer + sequence).to(tl.int32)
-        num_keys = tl.load(cu_k_pointer + sequence + 1).to(tl.int32) - first_key
+        end_key = tl.minimum(tl.load(cu_k_pointer + sequence + 1), num_keys)
+        num_keys = end_key.to(tl.int32) - first_key
     b64 = b.to(tl.int64)
     head = (outer % heads).to(tl.int64)
     key_head = head // group

@@ -143,7 +143,9 @@ def tile_scores(
         else:
             mask = mask.to(tl.float32)
             # The lowest float, a customary mask, must not become -inf: it is still visible.
-            s = s + tl.maximum(mask * LOG2E, LOWEST)
+            # Not tl.maximum, to which NaN is nothing.
+            mask_log2 = mask * LOG2E
+            s = s + tl.where(mask_log2 < LOWEST, LOWEST, mask_log2)
             s = tl.where(mask == -float("inf"), -float("inf"), s)
     if EDGE:
         visible = (distance <= left) & (distance >= -right)

@@ -37,8 +37,8 @@ class GradientTiles(NamedTuple):
     keys: Tiles
 
 
-# By the widest head, a power of two. Chips with 164 KB of shared memory and more (sm_80, sm_100)
-# are large, the others have 100 KB.
+# By the widest head, a power of two. Chips with 164 KB of shared memory and more are large, the
+# others have 100 KB.
 FORWARD = {
     "hopper": {64: Tiles(128, 128, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 3)},
     "large": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 32, 8, 3), 256: Tiles(64, 32, 8, 2)},
@@ -82,7 +82,11 @@ def chip(device: torch.device, dtype: torch.dtype) -> str:
     capability = _capability(device.index if device.index is not None else -1)
     if capability == (9, 0):
         return "hopper"
-    return "large" if capability[1] == 0 else "small"
+    return "large" if _has_large_memory(capability) else "small"
+
+
+def _has_large_memory(capability: tuple[int, int]) -> bool:
+    return capability == (8, 0) or capability[0] in (9, 10)
 
 
 @functools.cache
@@ -106,23 +110,34 @@ def _width(size: int) -> int:
     return max(64, size)
 
 
-def forward_tiles(device: torch.device, dtype: torch.dtype, size: int) -> Tiles:
-    return FORWARD[chip(device, dtype)][_width(size)]
+def forward_tiles(name: str, size: int, has_wide_mask: bool = False) -> Tiles:
+    """``name``: of the chip. ``has_wide_mask``: its elements are wider than those of queries, and
+    its tiles wait in shared memory too."""
+    tiles = FORWARD[name][_width(size)]
+    return tiles._replace(num_stages=min(tiles.num_stages, 2)) if has_wide_mask else tiles
 
 
-def decode_tiles(device: torch.device, dtype: torch.dtype, size: int, rows: int) -> Tiles:
+def decode_tiles(name: str, size: int, rows: int) -> Tiles:
     """Few rows over many keys: small tiles of queries, many loads in flight."""
     block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    name = chip(device, dtype)
     if name == "interpreter":
         return Tiles(block_m, 128, 4, 1)
-    if name == "float32" or name == "small" or size > 128:
-        return Tiles(block_m, 32, 4, 2)
-    return Tiles(block_m, 64, 4, 3)
+    if name == "float32":
+        return Tiles(block_m if size <= 128 else 16, 32, 4, 2 if size <= 64 else 1)
+    if size > 128:
+        return Tiles(16 if name == "small" else block_m, 32, 4, 2)
+    return Tiles(block_m, 32, 4, 2) if name == "small" else Tiles(block_m, 64, 4, 3)
 
 
-def gradient_tiles(device: torch.device, dtype: torch.dtype, size: int) -> GradientTiles:
-    return BACKWARD[chip(device, dtype)][_width(size)]
+def gradient_tiles(name: str, size: int) -> GradientTiles:
+    return BACKWARD[name][_width(size)]
+
+
+def can_differentiate(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    """Whether the gradients' tiles fit into shared memory."""
+    if device.type != "cuda" or dtype != torch.float32 or size <= 128:
+        return True
+    return _has_large_memory(_capability(device.index if device.index is not None else -1))
 
 
 AUTOTUNE = os.environ.get("PYFAST_AUTOTUNE") == "1"
@@ -143,10 +158,11 @@ def neighbours(tiles: Tiles) -> list[Tiles]:
 
 def _time_ms(launch: Callable[[], None]) -> float:
     import triton  # the table is read without it, too
+    from triton.errors import TritonError
 
     try:
         return float(triton.testing.do_bench(launch, return_mode="median"))
-    except (RuntimeError, triton.runtime.errors.OutOfResources):
+    except (RuntimeError, TritonError):
         return float("inf")  # does not compile, or does not fit
 
 
@@ -159,8 +175,17 @@ def launch_fastest(
     q = arguments["q_pointer"]
     if AUTOTUNE and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         lengths = (arguments[name].bit_length() for name in ("num_queries", "num_keys"))
+        mask = arguments["mask_pointer"]
         names = ("BLOCK_D", "BLOCK_DV", "HAS_DROPOUT", "MASK_TYPE", "IS_VARLEN")
-        key = (tiles, q.device, q.dtype, *lengths, *(arguments[name] for name in names), *key)
+        key = (
+            tiles,
+            q.device,
+            q.dtype,
+            mask.dtype,
+            *lengths,
+            *(arguments[name] for name in names),
+            *key,
+        )
         if key not in _fastest:
             candidates = neighbours(tiles)
             times = [_time_ms(functools.partial(launch, one)) for one in candidates]

@@ -1,7 +1,7 @@
 """Attention in Triton: what its kernels are called with, and the forward pass.
 
 float32 products are three passes of TF32 (about 22 bits), or one where torch allows TF32
-(``torch.backends.cuda.matmul.allow_tf32``).
+(``torch.backends.cuda.matmul.fp32_precision`` or ``allow_tf32``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .attention_forward_triton import combine_kernel, forward_kernel
 from .attention_tile_triton import LOG2E
 from .attention_tiles import (
     Tiles,
+    chip,
     decode_tiles,
     forward_tiles,
     launch_fastest,
@@ -101,7 +102,8 @@ def strides(name: str, letters: str, x: Tensor) -> dict[str, int]:
 def _precision(q: Tensor) -> str:
     if q.dtype != torch.float32:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    # Reading allow_tf32 raises once one of the newer switches has been set.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def forward(
@@ -122,11 +124,14 @@ def forward(
         is_varlen or arguments["HAS_DROPOUT"] or arguments["MASK_TYPE"]
     )
     widest = max(arguments["BLOCK_D"], arguments["BLOCK_DV"])
+    name = chip(q.device, q.dtype)
     if packs:
-        tiles = decode_tiles(q.device, q.dtype, widest, rows)
+        tiles = decode_tiles(name, widest, rows)
         num_programs = batch * (heads // group)
     else:
-        tiles = forward_tiles(q.device, q.dtype, widest)
+        mask = arguments["mask_pointer"]
+        has_wide_mask = arguments["MASK_TYPE"] == 2 and mask.element_size() > q.element_size()
+        tiles = forward_tiles(name, widest, has_wide_mask)
         rows, num_programs = num_queries, heads if is_varlen else batch * heads
     unused = q
     is_int8 = k_scale is not None

@@ -11,6 +11,7 @@ from ..kernels.attention.attention_reference import (
     attention_backward_reference,
     attention_reference,
 )
+from ..kernels.attention.attention_tiles import can_differentiate
 from ._native import compute_dtype, empty, get_num_threads, native
 from ._op import Op
 
@@ -194,8 +195,11 @@ def limits(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str:
 
 
 def _limits_backward(grad_out: Tensor, grad_lse: Tensor, *arguments: Any) -> str:
+    q, _, v, *_ = arguments
     if arguments[-1]:
         return "its kernel has no gradient of alibi_slopes"
+    if q.is_cuda and not can_differentiate(q.device, q.dtype, max(q.shape[-1], v.shape[-1])):
+        return "this GPU has too little shared memory for float32 gradients of heads above 128"
     return limits(*arguments)
 
 

@@ -199,13 +199,14 @@ def _checked_seqlens(
             raise ValueError(f"{_OP}: k and v need cache_seqlens, the place to write them")
         return capacity
     if isinstance(cache_seqlens, Tensor):
-        if tuple(cache_seqlens.shape) != (batch,) or cache_seqlens.dtype not in (
-            torch.int32,
-            torch.int64,
+        if (
+            tuple(cache_seqlens.shape) != (batch,)
+            or cache_seqlens.dtype not in (torch.int32, torch.int64)
+            or cache_seqlens.device != k_cache.device
         ):
             raise ValueError(
-                f"{_OP}: cache_seqlens must be an int or ({batch},) int32 or int64, "
-                f"got {tuple(cache_seqlens.shape)} {cache_seqlens.dtype}"
+                f"{_OP}: cache_seqlens must be an int or ({batch},) int32 or int64 on "
+                f"{k_cache.device}, got {_describe({'cache_seqlens': cache_seqlens})}"
             )
         counts = cache_seqlens.tolist() if eager and cache_seqlens.is_cpu else []
     else:
@@ -251,7 +252,8 @@ def attention_with_kv_cache(
         k: (B, Hk, n, E), the new tokens; None to attend to what is there.
         v: (B, Hk, n, Ev).
         cache_seqlens: how many tokens each sequence has before this call, an int or (B,) int32 or
-            int64. Default: C
+            int64 on q's device. On CUDA the values are not checked, which would wait for the GPU.
+            Default: C
         is_causal: a query sees no key behind its own place. Default: ``False``
         k_scale: (B, Hk, C) float32 for int8 caches: a cached key is ``k_cache * k_scale``. The
             scales of new tokens (absmax / 127) are written.

@@ -146,7 +146,7 @@ def scaled_dot_product_attention(
     float16 accumulate in float32, gradients too. On the CPU the result does not depend on the
     number of threads. On CUDA, calls without a mask, dropout and pyfast's extras that torch's fused
     kernels serve (bfloat16, float16) go to torch, all others to Triton kernels, whose float32
-    products are three passes of TF32, or one where ``torch.backends.cuda.matmul.allow_tf32``;
+    products are three passes of TF32, or one where torch allows TF32;
     :func:`pyfast.explain` tells. On other devices calls that need no extras go to torch.
 
     The scores are, in this order: ``scale * q k^T``, ``softcap * tanh(scores / softcap)``,

@@ -17,15 +17,21 @@ from .attention import attention_op
 _OP = "varlen_attention"
 
 
-def _check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, longest: int, eager: bool) -> None:
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.is_floating_point():
+def _check_cu_seqlens(name: str, cu_seqlens: Tensor, x: Tensor, longest: int, eager: bool) -> None:
+    """Of ``x``, the packed tokens; values where reading them does not wait for a GPU."""
+    if (
+        cu_seqlens.dim() != 1
+        or len(cu_seqlens) < 1
+        or cu_seqlens.is_floating_point()
+        or cu_seqlens.device != x.device
+    ):
         raise ValueError(
-            f"{_OP}: {name} must be (N + 1,) int32 or int64, "
-            f"got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+            f"{_OP}: {name} must be (N + 1,) int32 or int64 on {x.device}, "
+            f"got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype} on {cu_seqlens.device}"
         )
     if not (eager and cu_seqlens.is_cpu):
         return
-    bounds = cu_seqlens.tolist()
+    bounds, total = cu_seqlens.tolist(), x.shape[0]
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != total or min(lengths, default=0) < 0:
         raise ValueError(
@@ -72,7 +78,9 @@ def varlen_attention(
         q: (total_q, Hq, E) floating point.
         k: (total_k, Hk, E); Hk divides Hq, each key head serves Hq / Hk query heads.
         v: (total_k, Hk, Ev).
-        cu_seqlens_q: (N + 1,) int32 or int64: where each sequence begins, from 0 to total_q.
+        cu_seqlens_q: (N + 1,) int32 or int64: where each sequence begins, from 0 to total_q,
+            on the device of q. On CUDA the values are not checked, which would wait for the GPU:
+            tokens behind the last one are not computed, and those beyond total_q do not exist.
         cu_seqlens_k: (N + 1,): the same for keys and values.
         max_seqlen_q: the longest sequence of queries, or any larger number. Checked on the CPU.
         max_seqlen_k: the longest sequence of keys, or any larger number.
@@ -124,8 +132,8 @@ def varlen_attention(
         _OP, window, softcap, causal_alignment, is_causal
     )
     eager = is_eager(q)
-    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q, eager)
-    _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k, eager)
+    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q, eager)
+    _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k, eager)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"{_OP}: cu_seqlens_q and cu_seqlens_k must have one length, "
