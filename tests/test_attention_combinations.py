@@ -192,6 +192,20 @@ def test_autotuning(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(timed) == 3 * len(tiles.neighbours(start))
 
 
+def test_float32_products_follow_torch() -> None:
+    """By the older switch and the newer, of which one must not be read after the other is set."""
+    triton = pytest.importorskip("pyfast.kernels.attention.attention_triton")
+    matmul, x = torch.backends.cuda.matmul, torch.zeros(1)
+    before = matmul.fp32_precision
+    try:
+        for value, expected in (("tf32", "tf32"), ("ieee", "tf32x3")):
+            matmul.fp32_precision = value
+            assert triton._precision(x) == expected
+            assert triton._precision(x.bfloat16()) == "ieee"
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_autotuning_starts_at_the_tables_entry() -> None:
     tiles = pytest.importorskip("pyfast.kernels.attention.attention_tiles")
     found = tiles.neighbours(tiles.Tiles(128, 32, 8, 4, 64))

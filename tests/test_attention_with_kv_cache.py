@@ -330,6 +330,13 @@ def test_rejects(backend: Backend, name: str) -> None:
         assert torch.equal(given[key], tensor)
 
 
+def test_rejects_lengths_on_another_device(backend: Backend) -> None:
+    given = arguments()
+    lengths = torch.zeros(given["q"].shape[0], dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match=r"cache_seqlens must be .* on cpu, got"):
+        attend(**{**given, "cache_seqlens": lengths})
+
+
 @pytest.mark.backends("cpu")
 def test_rejects_what_its_kernel_does_not_serve(backend: Backend) -> None:
     with pytest.raises(RuntimeError, match="'cpu' was asked for, but"):

@@ -293,6 +293,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "other number": ({"cu_seqlens_k": torch.tensor([0, 5])}, "must have one length|a sequence of"),
     "maximum": ({"max_seqlen_q": 2}, "a sequence of cu_seqlens_q has 3 tokens"),
     "maximum of keys": ({"max_seqlen_k": 0}, "a sequence of cu_seqlens_k has 3 tokens"),
+    "device": (
+        {"cu_seqlens_k": torch.zeros(4, dtype=torch.int32, device="meta")},
+        "cu_seqlens_k must be .* on cpu, got",
+    ),
     "window": ({"window": (0,)}, "window must be"),
     "softcap": ({"softcap": -1}, "softcap must be"),
     "alignment": ({"causal_alignment": "left"}, "causal_alignment must be"),
