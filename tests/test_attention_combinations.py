@@ -206,6 +206,22 @@ def test_float32_products_follow_torch() -> None:
         matmul.fp32_precision = before
 
 
+CHIPS = {(8, 0): "large", (8, 6): "small", (9, 0): "hopper", (10, 0): "large", (12, 0): "small"}
+
+
+@pytest.mark.parametrize("capability", CHIPS)
+def test_tiles_fit_the_chip(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = pytest.importorskip("pyfast.kernels.attention.attention_tiles")
+    monkeypatch.setattr(tiles, "_capability", lambda index: capability)
+    device = torch.device("cuda", 0)
+    assert tiles.chip(device, torch.bfloat16) == CHIPS[capability]
+    assert tiles.chip(device, torch.float32) == "float32"
+    fits = CHIPS[capability] != "small"
+    assert tiles.can_differentiate(device, torch.float32, 256) == fits
+    assert tiles.can_differentiate(device, torch.float32, 128)
+    assert tiles.can_differentiate(device, torch.bfloat16, 256)
+
+
 def test_autotuning_starts_at_the_tables_entry() -> None:
     tiles = pytest.importorskip("pyfast.kernels.attention.attention_tiles")
     found = tiles.neighbours(tiles.Tiles(128, 32, 8, 4, 64))
