@@ -1,4 +1,4 @@
-"""pyfast.explain: which backend serves a call, and why."""
+"""pyfast.explain: which backend serves a call, and why; where Triton launches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HAS_GPU
+from conftest import HAS_GPU, Backend
 from oracle import normal
 from torch.autograd import forward_ad
 
@@ -85,3 +85,20 @@ def test_gpu_benchmark_goes_through(tmp_path: Path) -> None:
 
 def test_gpu_check_is_a_script() -> None:
     subprocess.run(["bash", "-n", ROOT / "benchmarks/gpu_check.sh"], check=True)
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.skipif(HAS_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_triton_launches_where_its_tensors_are(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    device_of = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda t: (seen.append(t), device_of(t))[1])
+    x = normal(8, 4).to("cuda:1" if HAS_GPU else "cpu").requires_grad_()
+    out = pyfast.nn.functional.dropout(x, 0.5, seed=3)
+    out.sum().backward()
+    with pyfast.use_backend("reference"):
+        expected = pyfast.nn.functional.dropout(x.detach().cpu(), 0.5, seed=3)
+    assert torch.equal(out.detach().cpu(), expected)
+    assert [t.device for t in seen] == [x.device, x.device]
