@@ -10,5 +10,6 @@ void bind_dropout(pybind11::module_& m);
 void bind_bias_dropout_add(pybind11::module_& m);
 void bind_dropout_add_norm(pybind11::module_& m);
 void bind_attention(pybind11::module_& m);
+void bind_optimizer_step(pybind11::module_& m);
 
 }  // namespace pyfast

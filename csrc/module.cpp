@@ -41,4 +41,5 @@ PYBIND11_MODULE(_C, m) {
   pyfast::bind_bias_dropout_add(m);
   pyfast::bind_dropout_add_norm(m);
   pyfast::bind_attention(m);
+  pyfast::bind_optimizer_step(m);
 }

@@ -10,6 +10,7 @@ from . import nn, optim
 from ._backend import BackendStatus, backends, use_backend
 from ._explain import Explanation, explain
 from ._patch import PatchReport, patch
+from ._patch_optimizer import patch_optimizer
 from ._version import __version__
 from .ops.dropout_mask import dropout_mask
 
@@ -24,5 +25,6 @@ __all__ = [
     "nn",
     "optim",
     "patch",
+    "patch_optimizer",
     "use_backend",
 ]

@@ -25,7 +25,7 @@ from .. import _backend, _random
 from .._backend import KERNEL_DTYPES
 
 _library = torch.library.Library("pyfast", "FRAGMENT")
-_registry: dict[str, Op] = {}
+_registry: dict[str, Op | ListOp] = {}
 
 _forced = _backend.forced
 _observers = _backend.observers
@@ -83,8 +83,29 @@ def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def registered() -> Mapping[str, Op]:
+def registered() -> Mapping[str, Op | ListOp]:
     return _registry
+
+
+class ListOp:
+    """An op over lists of tensors, which it changes in place: without a schema, because nothing
+    differentiates or compiles it.
+
+    Args:
+        name: of the op.
+        kernels: ``{backend: function}``.
+    """
+
+    def __init__(self, name: str, kernels: dict[str, Callable[..., Any]]) -> None:
+        self.name, self.kernels = name, kernels
+        _registry[name] = self
+
+    def backend_of(self, tensor: Tensor) -> str:
+        """The backend that serves a call on ``tensor``; RuntimeError where a forced one cannot."""
+        backend = _backend.choose(self.name, self.kernels, tensor)
+        if _observers:
+            _backend.report(self.name, self.kernels, tensor, backend, "", "")
+        return backend
 
 
 class Op:

@@ -1,0 +1,117 @@
+// One step of an optimizer (Adam, AdamW, SGD, RMSprop, Adamax, or none: averaging and scaling
+// alone) over a list of tensors of any dtypes and layouts. The gradient is unscaled, clipped and
+// negated by factors; then follow the update, the rounding of the parameter, and the average of it
+// (EMA), in one pass over memory. The formulas are in optimizer_math.h.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/cuda_device.h"
+#include "../common/dtype.h"
+#include "../common/isa.h"
+
+namespace pyfast {
+
+enum class OptimizerRule : int { kNone, kAdam, kSgd, kRmsprop, kAdamax };
+
+constexpr int kMaxOptimizerStates = 3;
+constexpr int kOptimizerBlock = 256;  // elements that share a scale of int8 states
+constexpr int kMaxOptimizerDims = 64;
+
+// The operands of a tensor, in the order of the strides of a layout.
+enum OptimizerOperand : int {
+  kParameter,
+  kGradient,
+  kState0,
+  kState1,
+  kState2,
+  kEma,
+  kMaster,
+  kNumOptimizerOperands,
+};
+
+// What is done with a tensor.
+enum OptimizerFlag : uint32_t {
+  kAmsgrad = 1,
+  kNesterov = 2,
+  kCentered = 4,
+  kDecoupledDecay = 8,  // weight decay of the parameter, not of the gradient
+  kDecoupledL1 = 16,    // soft threshold of the parameter, not a subgradient
+  kMaximize = 32,
+  kStochasticRounding = 64,  // of a bfloat16 parameter
+  kZeroGradient = 128,
+  kFirstStep = 256,  // SGD: the momentum buffer takes the gradient as it is
+};
+
+// The numbers of a parameter group. Adam and Adamax: beta1, beta2. RMSprop: beta2 is alpha.
+struct OptimizerHyper {
+  double lr, beta1, beta2, eps, weight_decay, momentum, dampening, l1, ema_decay;
+};
+
+// The numbers of a tensor at one step, made of those of its group and the step count by
+// optimizer_numbers(): in double, or rounded to scalars or vectors of the type it is computed in.
+template <typename V>
+struct OptimizerNumbers {
+  V gradient_scale, clip_scale;  // the sign of clip_scale is that of maximize
+  V step_size, weight1, decay2, weight2, blend2, eps, root_scale, momentum;
+  V decay, l2, l1, threshold, ema_weight;
+  bool weight1_from_end, weight2_from_end, ema_from_end;
+  bool amsgrad, nesterov, centered, has_momentum, is_first;
+  bool has_l2, has_l1, has_threshold;
+};
+
+// One tensor. All operands but the codes of int8 states have the shape of the parameter.
+struct OptimizerTensor {
+  void* operands[kNumOptimizerOperands];  // null: there is none
+  float* scales[kMaxOptimizerStates];     // of int8 states: [ceil(num_elements / 256)]
+  int64_t num_elements;
+  int64_t step;  // the one that is being made; the first is 1
+  DType dtypes[kNumOptimizerOperands];
+  uint32_t flags;
+  int32_t numbers;  // index
+  int32_t layout;   // index; -1: one dense layout for all operands
+  uint32_t index;   // of the parameter in its optimizer: enters the random bits
+  bool int8_states;
+  bool master_is_remainder;  // int16: the low half of a float32 whose upper half is the parameter
+};
+
+// Strides of a tensor whose operands differ in layout; elements are counted in row-major order.
+struct OptimizerLayout {
+  int32_t ndim;
+  int64_t sizes[kMaxOptimizerDims];
+  int64_t strides[kNumOptimizerOperands][kMaxOptimizerDims];  // elements
+};
+
+// A range of one tensor; ranges begin at multiples of kOptimizerBlock.
+struct OptimizerItem {
+  int32_t tensor;
+  int32_t count;  // elements
+  int64_t begin;
+};
+
+struct OptimizerStepParams {
+  OptimizerRule rule;
+  const OptimizerTensor* tensors;
+  const OptimizerLayout* layouts;
+  const OptimizerNumbers<double>* numbers;
+  const OptimizerItem* items;
+  const int64_t* pieces;  // [num_pieces + 1] first item of each piece of work
+  int64_t num_pieces;
+  uint64_t seed;        // of stochastic rounding and of the dither of int8 states
+  bool write_gradient;  // write the gradient, times gradient_scale, back
+};
+
+// The sum of the squares of the gradients of each piece, in double.
+struct SquareSumParams {
+  const OptimizerTensor* tensors;
+  const OptimizerLayout* layouts;
+  const OptimizerItem* items;
+  const int64_t* pieces;
+  int64_t num_pieces;
+  double* sums;  // [num_pieces]
+};
+
+PYFAST_CPU_KERNEL(optimizer_step_cpu, OptimizerStepParams);
+PYFAST_CPU_KERNEL(square_sum_cpu, SquareSumParams);
+
+}  // namespace pyfast

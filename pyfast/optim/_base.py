@@ -1,0 +1,373 @@
+"""What pyfast's optimizers share: the step, its extras, their states.
+
+A class is a mixin of :class:`FusedOptimizer` and torch's class, which keeps the constructor, its
+checks, the groups and the hooks. Whatever the kernels do not do goes to torch's own ``step``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import _random
+from ..ops.optimizer_step import (
+    PLAIN_TYPES,
+    Group,
+    Hyper,
+    Rule,
+    Scaling,
+    optimizer_step,
+)
+from . import _extras
+from ._distributed import is_dtensor, local, total_norm
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class FusedOptimizer(Optimizer):
+    """One native call for all tensors of all groups.
+
+    Subclasses say what their rule is made of: ``_rule``, ``_state_names`` and ``_hyper``.
+    """
+
+    _rule: ClassVar[Rule]
+    _torch_class: ClassVar[type[Optimizer]]
+    _grad_norm: Tensor | None = None
+    _loading: dict[str, Any] | None = None
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str | None, ...]:
+        """The keys of the three states, None for one that the group does not need."""
+        raise NotImplementedError
+
+    def _hyper(self, group: dict[str, Any]) -> tuple[Hyper, int]:
+        """The numbers and the flags of a group, without those of the extras."""
+        raise NotImplementedError
+
+    def _counts_steps(self, group: dict[str, Any]) -> bool:
+        return True
+
+    def _init_extras(self, extras: dict[str, Any]) -> None:
+        """Called by constructors, after torch's: takes the extras into defaults and groups."""
+        given = _extras.checked(type(self).__name__, extras)
+        if given.get("stochastic_rounding") and "seed" not in given:
+            given["seed"] = int(_random.buffer.tensor.random_().item())
+        self.defaults.update(given)
+        for group in self.param_groups:
+            for name, value in given.items():
+                group.setdefault(name, value)
+            self._check_group(group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        name = type(self).__name__
+        _extras.checked(name, {key: group[key] for key in _extras.DEFAULTS if key in group})
+        _extras.check_group(name, group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The 2-norm of all gradients at the last step with ``max_grad_norm``, before clipping and
+        after unscaling: a float32 scalar. None before the first."""
+        return self._grad_norm
+
+    # GradScaler asks for this name: the step takes grad_scale and found_inf. torch's constructors
+    # set it where their own step does.
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return not any(
+            group.get("differentiable")
+            or any(p.is_complex() or (p.grad is not None and p.grad.is_sparse) for p in params)
+            for group, params in ((group, group["params"]) for group in self.param_groups)
+        )
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        pass
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._loading is not None:
+            _extras.restore(self, self._loading)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, from any of its implementations and pyfast's, with two differences: states
+        keep the dtype that this optimizer stores them in (torch casts them to the dtype of the
+        parameter), converted where the saved one is another, int8 included; and ``state_dtype``
+        and ``master_weights`` stay as this optimizer was made, whatever the saved one's were."""
+        loading: dict[str, Any] = {
+            "extras": [
+                {key: group[key] for key in _extras.DEFAULTS if key in group}
+                for group in self.param_groups
+            ]
+        }
+
+        def capture(_: Optimizer, found: dict[str, Any]) -> None:
+            loading["state_dict"] = found
+
+        handle = self.register_load_state_dict_pre_hook(capture)
+        self._loading = loading
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._loading = None
+
+    @torch._disable_dynamo
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single optimization step, of all parameters in one pass.
+
+        Args:
+            closure: reevaluates the model and returns the loss. Default: None
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            RuntimeError: for sparse gradients, with torch's text. No parameter, state or step count
+                has changed then, nor after any other error.
+        """
+        if "capturable" in self.defaults:
+            self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        like = next((p for group in self.param_groups for p in group["params"]), None)
+        if like is None:
+            return
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            return
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        scaling = Scaling()
+        if grad_scale is not None:
+            scaling = Scaling(gradient=1.0 / float(grad_scale), write=True)
+        groups = [self._group(group, first) for group, first in self._with_first_index()]
+        is_simple = all(
+            not group.get("differentiable") and not _has_duplicates(group["params"])
+            for group in self.param_groups
+        )
+        max_norm = _extras.max_grad_norm(self)
+        if max_norm is not None:
+            scaling.clip = self._clip_scale(max_norm, scaling.gradient)
+        if is_simple and self._step_groups(groups, like, scaling):
+            return
+        self._step_parts(groups, scaling)
+
+    def _with_first_index(self) -> Iterator[tuple[dict[str, Any], int]]:
+        first = 0
+        for group in self.param_groups:
+            yield group, first
+            first += len(group["params"])
+
+    def _group(self, group: dict[str, Any], first_index: int) -> Group:
+        hyper, flags = self._hyper(group)
+        states = self._state_names(group)
+        scales: tuple[str | None, ...] = (None, None, None)
+        if group.get("state_dtype") == "int8":
+            scales = tuple(None if name is None else f"{name}_scale" for name in states)
+        counts = self._counts_steps(group) or self._is_random(group)
+        master = group.get("master_weights", False)
+        return Group(
+            group["params"],
+            self.state,
+            (
+                "step" if counts else None,
+                *states,
+                *scales,
+                None if group.get("ema_decay") is None else "ema",
+                "remainder" if master else None,
+                "master" if master else None,
+            ),
+            hyper._replace(l1=group.get("l1", 0.0), ema_decay=group.get("ema_decay") or 0.0),
+            flags | _extras.flags(group),
+            first_index,
+        )
+
+    @staticmethod
+    def _is_random(group: dict[str, Any]) -> bool:
+        return group.get("state_dtype") == "int8" or bool(group.get("stochastic_rounding"))
+
+    def _step_groups(self, groups: list[Group], like: Tensor, scaling: Scaling) -> bool:
+        """Step plain tensors on one device; False, with nothing done, if that is not what the
+        groups are."""
+        seed = next((g["seed"] for g in self.param_groups if "seed" in g), 0)
+        missing = optimizer_step(self._rule, groups, like, seed, scaling)
+        if missing:
+            for group, source, positions in zip(
+                groups, self._sources(groups), missing.positions, strict=True
+            ):
+                if positions:
+                    group.fresh = self._init_states(group, source, positions)
+            missing = optimizer_step(self._rule, groups, like, seed, scaling)
+            assert not missing
+        return missing is not None
+
+    def _sources(self, groups: list[Group]) -> list[dict[str, Any]]:
+        """The param_group of each group."""
+        starts = [first for _, first in self._with_first_index()]
+        found = []
+        for group in groups:
+            index = group.first_index if group.indices is None else group.indices[0]
+            position = max(i for i, start in enumerate(starts) if start <= index)
+            found.append(self.param_groups[position])
+        return found
+
+    def _init_states(
+        self, group: Group, source: dict[str, Any], positions: list[int]
+    ) -> list[bool]:
+        """Create what is missing. Returns whose momentum buffer is new."""
+        fresh = [False] * len(group.params)
+        for position in positions:
+            owner = (group.params if group.owners is None else group.owners)[position]
+            state = self.state[owner]
+            for kind, name in enumerate(group.names):
+                if name is None or state.get(name) is not None:
+                    continue
+                tensor = _extras.new_state(owner, source, kind)
+                if tensor is not None:
+                    state[name] = tensor
+                    fresh[position] |= kind == 1
+                    if isinstance(group.states, list):
+                        group.states[position][name] = local(tensor)
+        return fresh
+
+    def _clip_scale(self, max_norm: float, gradient_scale: float) -> float:
+        grads = [
+            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
+        norm = total_norm(grads) * gradient_scale
+        self._grad_norm = norm.float()
+        return min(1.0, max_norm / (float(norm) + 1e-6)) if not norm.isnan() else float("nan")
+
+    def _step_parts(self, groups: list[Group], scaling: Scaling) -> None:
+        """Step parameters of every kind: those of one kind and device at a time."""
+        parts: dict[Any, list[Group]] = {}
+        torch_groups = []
+        for group, source in zip(groups, self.param_groups, strict=True):
+            by_kind: dict[Any, list[int]] = {}
+            for i, p in enumerate(group.params):
+                if p.grad is not None:
+                    by_kind.setdefault(self._kind(p, source), []).append(i)
+            if _has_duplicates(group.params):
+                by_kind = {"torch": list(range(len(group.params)))}
+            for kind, positions in by_kind.items():
+                if kind == "torch":
+                    params = [group.params[i] for i in positions]
+                    torch_groups.append({**source, "params": params})
+                    self._refuse_extras(source)
+                else:
+                    parts.setdefault(kind, []).append(_part(group, positions))
+        for part in parts.values():
+            like = part[0].params[0]
+            if not self._step_groups(part, like, scaling):
+                raise RuntimeError(f"{type(self).__name__}: no kernel takes {like.type()} tensors")
+        if torch_groups:
+            self._torch_step(torch_groups)
+
+    def _kind(self, p: Tensor, group: dict[str, Any]) -> Any:
+        """What can be stepped together: "torch" is for torch's own code."""
+        grad = p.grad
+        assert grad is not None
+        if is_dtensor(p) and is_dtensor(grad):
+            p, grad = local(p), local(grad)
+        if grad.is_sparse and self._rule != Rule.SGD:
+            raise RuntimeError(_SPARSE[self._rule])
+        if (
+            group.get("differentiable")
+            or type(p) not in PLAIN_TYPES
+            or type(grad) not in PLAIN_TYPES
+            or p.dtype not in _FLOATING
+            or grad.dtype not in _FLOATING
+            or grad.layout != torch.strided
+            or p.device.type == "meta"
+        ):
+            return "torch"
+        return p.device
+
+    def _refuse_extras(self, group: dict[str, Any]) -> None:
+        for name, default in _extras.DEFAULTS.items():
+            if name != "seed" and group.get(name, default) != default:
+                raise NotImplementedError(
+                    f"{type(self).__name__}: {name} must be {default!r} for complex parameters, "
+                    "sparse gradients, parameters that are given twice and differentiable=True, "
+                    f"which torch's own code steps, got {group[name]!r}"
+                )
+
+    def _torch_step(self, groups: list[dict[str, Any]]) -> None:
+        """torch's own step of some groups, without its hooks."""
+        step = inspect.unwrap(self._torch_class.step)
+        every, self.param_groups = self.param_groups, groups
+        differentiable = any(group.get("differentiable") for group in groups)
+        try:
+            with torch.set_grad_enabled(differentiable):
+                step(self)
+        finally:
+            self.param_groups = every
+
+    @contextlib.contextmanager
+    def ema_parameters(self) -> Iterator[None]:
+        """In the block, parameters hold their averages (``ema_decay``), rounded to their dtype;
+        then, whatever happens in it, their own values again. Those without an average stay."""
+        pairs = [
+            (p, self.state[p]["ema"])
+            for group in self.param_groups
+            for p in group["params"]
+            if "ema" in self.state.get(p, {})
+        ]
+        kept = [p.detach().clone() for p, _ in pairs]
+        try:
+            with torch.no_grad():
+                for p, ema in pairs:
+                    p.copy_(ema)
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), value in zip(pairs, kept, strict=True):
+                    p.copy_(value)
+
+
+_SPARSE = {
+    Rule.ADAM: "Adam does not support sparse gradients, please consider SparseAdam instead",
+    Rule.RMSPROP: "RMSprop does not support sparse gradients",
+    Rule.ADAMAX: "Adamax does not support sparse gradients",
+}
+
+
+def _has_duplicates(params: list[Tensor]) -> bool:
+    return len({id(p) for p in params}) != len(params)
+
+
+def _part(group: Group, positions: list[int]) -> Group:
+    """Some parameters of a group; of DTensors their local shards."""
+    owners = [group.params[i] for i in positions]
+    states = [group.states[p] for p in owners]  # type: ignore[index]
+    return replace(
+        group,
+        params=[local(p) for p in owners],
+        states=[
+            {name: local(value) for name, value in state.items()} if is_dtensor(p) else state
+            for p, state in zip(owners, states, strict=True)
+        ],
+        grads=[local(p.grad) for p in owners],
+        indices=[group.first_index + i for i in positions],
+        owners=owners,
+    )

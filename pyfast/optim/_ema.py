@@ -1,0 +1,102 @@
+"""A running average of parameters, apart from any optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.optimizer_step import Group, Hyper, Rule, optimizer_step
+
+
+class EMA:
+    """An exponential moving average: ``average += (1 - decay) (parameter - average)``.
+
+    Does what ``torch.optim.swa_utils.AveragedModel`` does with ``get_ema_multi_avg_fn(decay)``, in
+    one pass over memory and without a copy of the module. Differences: averages are float32 for
+    half types (float64 for float64), and start at the values that parameters have at construction.
+
+    Args:
+        parameters: tensors, or a module.
+        decay: weight of the old average, in [0, 1]. Default: 0.999
+
+    Attributes:
+        averages: a tensor for each parameter.
+        decay: may be changed at any time.
+
+    Raises:
+        ValueError: for a decay outside of [0, 1].
+        TypeError: for what is not a floating-point tensor.
+    """
+
+    def __init__(
+        self, parameters: Iterable[Tensor] | torch.nn.Module, decay: float = 0.999
+    ) -> None:
+        if isinstance(parameters, torch.nn.Module):
+            parameters = parameters.parameters()
+        if not 0 <= decay <= 1:
+            raise ValueError(f"EMA: decay must be in [0, 1], got {decay!r}")
+        self.decay = decay
+        self._parameters = list(parameters)
+        for p in self._parameters:
+            if not isinstance(p, Tensor) or not p.is_floating_point():
+                got = f"{tuple(p.shape)} {p.dtype}" if isinstance(p, Tensor) else type(p).__name__
+                raise TypeError(f"EMA: parameters must be floating-point tensors, got {got}")
+        self.averages = [
+            p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+            for p in self._parameters
+        ]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the parameters' values of now into the averages."""
+        params = [p.detach() for p in self._parameters]
+        for device in {p.device for p in params}:
+            chosen = [i for i, p in enumerate(params) if p.device == device]
+            group = Group(
+                [params[i] for i in chosen],
+                [{"ema": self.averages[i]} for i in chosen],
+                (None,) * 7 + ("ema", None, None),
+                Hyper(ema_decay=self.decay),
+                grads=[params[i] for i in chosen],
+            )
+            done = optimizer_step(Rule.NONE, [group], group.params[0])
+            if done is None:
+                for i in chosen:
+                    self.averages[i].lerp_(params[i].to(self.averages[i].dtype), 1 - self.decay)
+
+    @contextlib.contextmanager
+    def average_parameters(self) -> Iterator[None]:
+        """In the block parameters hold their averages; then, whatever happens, their own values."""
+        kept = [p.detach().clone() for p in self._parameters]
+        try:
+            with torch.no_grad():
+                for p, average in zip(self._parameters, self.averages, strict=True):
+                    p.copy_(average)
+            yield
+        finally:
+            with torch.no_grad():
+                for p, value in zip(self._parameters, kept, strict=True):
+                    p.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """``decay`` and ``averages``, the tensors themselves."""
+        return {"decay": self.decay, "averages": list(self.averages)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: if the averages are not of as many tensors, or not of their shapes.
+        """
+        loaded = state_dict["averages"]
+        shapes = [tuple(average.shape) for average in self.averages]
+        if [tuple(tensor.shape) for tensor in loaded] != shapes:
+            got = [tuple(tensor.shape) for tensor in loaded]
+            raise ValueError(f"EMA: averages must have the shapes {shapes}, got {got}")
+        self.decay = state_dict["decay"]
+        for average, tensor in zip(self.averages, loaded, strict=True):
+            average.copy_(tensor)
