@@ -88,7 +88,6 @@ class OptimizerPlan {
     }
     py::list missing;
     const auto size = static_cast<Py_ssize_t>(params.size());
-    tensors_.reserve(tensors_.size() + params.size());
     for (Py_ssize_t i = 0; i < size; ++i) {
       PyObject* const parameter = PyList_GET_ITEM(params.ptr(), i);
       py::object grad =
@@ -410,13 +409,16 @@ class OptimizerPlan {
     }
     const bool by_index = t->int8_states || t->flags & kStochasticRounding;
     bool straight = by_index ? p.is_contiguous() : is_dense(p);
-    std::vector<Operand> used;
     for (int operand = 0; operand < kNumOptimizerOperands; ++operand) {
       if (t->operands[operand] == nullptr) continue;
-      used.push_back({operand, &views[operand]});
       straight = straight && has_same_strides(views[operand], p);
     }
-    if (!straight) add_layout(t, p, used);
+    if (straight) return;
+    std::vector<Operand> used;
+    for (int operand = 0; operand < kNumOptimizerOperands; ++operand) {
+      if (t->operands[operand] != nullptr) used.push_back({operand, &views[operand]});
+    }
+    add_layout(t, p, used);
   }
 
   void add_layout(OptimizerTensor* t, const Tensor& shape, const std::vector<Operand>& operands) {

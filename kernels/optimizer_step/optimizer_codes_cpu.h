@@ -3,8 +3,7 @@
 // in and back. Loops are plain, and vectorised by the compiler.
 #pragma once
 
-#include "../common/row_blocks.h"
-#include "optimizer_math.h"
+#include "optimizer_codes_lanes.h"
 
 namespace pyfast::PYFAST_ISA {
 
@@ -85,49 +84,69 @@ void scatter(const C* from, int n, const OptimizerLayout* layout, int operand, i
   }
 }
 
-// One block of int8 states; all of its elements are in it.
-inline void decode_block(const uint8_t* __restrict__ codes, float scale, bool is_signed, int n,
-                         float* __restrict__ to) {
-  if (is_signed) {
-    for (int j = 0; j < n; ++j) to[j] = signed_value(codes[j]) * scale;
-  } else {
-    for (int j = 0; j < n; ++j) to[j] = positive_value(codes[j]) * scale;
+// One block of int8 states, of n elements, to `to` and back from it; a tail of a vector goes
+// element by element.
+inline void decode_block(const uint8_t* codes, float scale, bool is_signed, int n, float* to) {
+  using V = Vec<float>;
+  int j = 0;
+  for (; j + V::kLanes <= n; j += V::kLanes) {
+    decode_lanes(codes + j, is_signed, V::broadcast(scale)).store(to + j);
+  }
+  for (; j < n; ++j) {
+    to[j] = (is_signed ? signed_value(codes[j]) : positive_value(codes[j])) * scale;
   }
 }
 
 // `begin` is the index of the first element in its tensor. Returns the scale.
-inline float encode_block(const float* __restrict__ from, int64_t begin, bool is_signed,
-                          uint32_t salt, int n, uint8_t* __restrict__ codes) {
-  int32_t largest = 0;
-  for (int j = 0; j < n; ++j) {
-    const int32_t bits = static_cast<int32_t>(float_to_bits(from[j]) & 0x7FFFFFFFu);
-    largest = bits > largest ? bits : largest;
-  }
+inline float encode_block(const float* from, int64_t begin, bool is_signed, uint32_t salt, int n,
+                          uint8_t* codes) {
+  using V = Vec<float>;
+  LargestLanes largest;
+  for_each_vec<V>(0, n, [&](int64_t j, int lanes) PYFAST_INLINE_LAMBDA {
+    largest.add(load_lanes<V>(from + j, lanes));
+  });
   float inverse;
-  const float scale = code_scale(static_cast<uint32_t>(largest), &inverse);
-  const uint32_t first = static_cast<uint32_t>(begin);
-  if (is_signed) {
-    for (int j = 0; j < n; ++j) {
-      codes[j] =
-          signed_code(from[j] * inverse, code_dither(first + static_cast<uint32_t>(j), salt));
-    }
-  } else {
-    for (int j = 0; j < n; ++j) {
-      codes[j] =
-          positive_code(from[j] * inverse, code_dither(first + static_cast<uint32_t>(j), salt));
-    }
+  const float scale = code_scale(largest.bits(), &inverse);
+  DitherLanes dither(begin, salt);
+  int j = 0;
+  for (; j + V::kLanes <= n; j += V::kLanes) {
+    encode_lanes(V::load(from + j), is_signed, V::broadcast(inverse), dither.next(), codes + j);
+  }
+  for (; j < n; ++j) {
+    const uint32_t d = code_dither(static_cast<uint64_t>(begin + j), salt);
+    codes[j] = is_signed ? signed_code(from[j] * inverse, d) : positive_code(from[j] * inverse, d);
   }
   return scale;
 }
 
-// The 16 random bits of elements begin to begin + n; `begin` is a multiple of 8.
-inline void element_bits(uint64_t key, int64_t begin, int n, uint16_t* bits) {
-  for (int j = 0; j < n; j += 8) {
-    const uint64_t group = static_cast<uint64_t>(begin + j) / 8;
-    const PhiloxWords words =
-        philox(key, static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), 0,
-               kStochasticRoundingStream);
-    memcpy(bits + j, words.w, 16);
+// The 16 random bits of elements begin to begin + 256, of which `begin` is a multiple: Philox for
+// 32 counters at a time, in 64-bit lanes, which compilers multiply as 32 x 32 bits.
+inline void element_bits(uint64_t key, int64_t begin, uint16_t (&bits)[kOptimizerBlock]) {
+  constexpr int kGroups = kOptimizerBlock / 8;
+  uint64_t c0[kGroups], c1[kGroups], c2[kGroups], c3[kGroups];
+  for (int i = 0; i < kGroups; ++i) {
+    const uint64_t group = static_cast<uint64_t>(begin) / 8 + static_cast<uint64_t>(i);
+    c0[i] = group & 0xFFFFFFFFu;
+    c1[i] = group >> 32;
+    c2[i] = 0;
+    c3[i] = kStochasticRoundingStream;
+  }
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    for (int i = 0; i < kGroups; ++i) {
+      const uint64_t product0 = c0[i] * kPhiloxMultiplier0;
+      const uint64_t product1 = c2[i] * kPhiloxMultiplier1;
+      c0[i] = (product1 >> 32) ^ c1[i] ^ k0;
+      c2[i] = (product0 >> 32) ^ c3[i] ^ k1;
+      c1[i] = product1 & 0xFFFFFFFFu;
+      c3[i] = product0 & 0xFFFFFFFFu;
+    }
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
+  }
+  for (int i = 0; i < kGroups; ++i) {
+    const uint64_t words[2] = {c0[i] | c1[i] << 32, c2[i] | c3[i] << 32};
+    memcpy(bits + 8 * i, words, 16);
   }
 }
 

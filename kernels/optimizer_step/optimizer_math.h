@@ -12,7 +12,7 @@ namespace pyfast::PYFAST_ISA {
 template <OptimizerRule kRule, typename V>
 PYFAST_HD void optimizer_update(OptimizerValues<V>& x, const OptimizerNumbers<V>& n) {
   if constexpr (kRule != OptimizerRule::kNone) {
-    x.g = x.g * n.gradient_scale * n.clip_scale;
+    if (n.has_scale) x.g = x.g * n.gradient_scale * n.clip_scale;
     x.p = x.p * n.decay;
     if (n.has_l2) x.g = x.g + n.l2 * x.p;
     if (n.has_l1) x.g = x.g + signed_by(n.l1, x.p);
@@ -40,8 +40,12 @@ PYFAST_HD bool is_signed_state(OptimizerRule rule, int state) {
 constexpr uint32_t kSignedCodeBase = 0x38000000u;    // 2^-15
 constexpr uint32_t kPositiveCodeBase = 0x30000000u;  // 2^-31
 
+// A Weyl sequence over the elements, begun anew at every step: each element's dither is uniform
+// over the steps, and that of neighbours is spread evenly.
+constexpr uint32_t kDitherStep = 0x9E3779B1u;
+
 PYFAST_HD uint32_t code_dither(uint64_t element, uint32_t salt) {
-  return (static_cast<uint32_t>(element) * 0x9E3779B1u + salt) >> 12;
+  return (static_cast<uint32_t>(element) * kDitherStep + salt) >> 12;
 }
 
 PYFAST_HD uint8_t signed_code(float x, uint32_t dither) {
@@ -76,19 +80,18 @@ PYFAST_HD float code_scale(uint32_t largest, float* inverse) {
   return scale;
 }
 
-// The random numbers of a parameter at a step: a key for the bits of its elements, and a salt for
-// each of its states.
+// The random numbers of a parameter at a step: a key for the bits of its elements, and the salt of
+// the dither of its states.
 struct OptimizerRandom {
   uint64_t key;
-  uint32_t salts[kMaxOptimizerStates];
+  uint32_t salt;
 };
 
 PYFAST_HD OptimizerRandom optimizer_random(uint64_t seed, uint64_t step, uint32_t index) {
   const PhiloxWords words =
       philox(seed, static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32), index,
              kStochasticRoundingStream);
-  return {words.w[0] | static_cast<uint64_t>(words.w[1]) << 32,
-          {words.w[2], words.w[3], words.w[2] ^ words.w[3]}};
+  return {words.w[0] | static_cast<uint64_t>(words.w[1]) << 32, words.w[2]};
 }
 
 // bfloat16 rounded up with the probability of what is cut off; `bits16` are the element's.

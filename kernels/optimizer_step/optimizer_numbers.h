@@ -55,6 +55,7 @@ PYFAST_HD OptimizerNumbers<double> optimizer_numbers(OptimizerRule rule, const O
   n.centered = flags & kCentered;
   n.has_momentum = h.momentum != 0;
   n.is_first = flags & kFirstStep;
+  n.has_scale = n.gradient_scale != 1 || n.clip_scale != 1;
   n.has_l2 = n.l2 != 0;
   n.has_l1 = n.l1 != 0;
   n.has_threshold = n.threshold != 0;
@@ -90,6 +91,7 @@ PYFAST_HD OptimizerNumbers<V> rounded_numbers(const OptimizerNumbers<double>& n)
   out.centered = n.centered;
   out.has_momentum = n.has_momentum;
   out.is_first = n.is_first;
+  out.has_scale = n.has_scale;
   out.has_l2 = n.has_l2;
   out.has_l1 = n.has_l1;
   out.has_threshold = n.has_threshold;

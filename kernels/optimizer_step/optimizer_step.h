@@ -57,7 +57,7 @@ struct OptimizerNumbers {
   V decay, l2, l1, threshold, ema_weight;
   bool weight1_from_end, weight2_from_end, ema_from_end;
   bool amsgrad, nesterov, centered, has_momentum, is_first;
-  bool has_l2, has_l1, has_threshold;
+  bool has_scale, has_l2, has_l1, has_threshold;
 };
 
 // One tensor. All operands but the codes of int8 states have the shape of the parameter.

@@ -147,12 +147,12 @@ def encode_int8(x: Tensor, is_signed: bool, salt: int) -> tuple[Tensor, Tensor]:
     return code.to(torch.uint8).view(x.shape), scale
 
 
-def random_numbers(seed: int, step: int, index: int) -> tuple[int, tuple[int, int, int]]:
-    """The key of the bits of a parameter's elements at a step, and a salt for each state."""
+def random_numbers(seed: int, step: int, index: int) -> tuple[int, int]:
+    """The key of the bits of a parameter's elements at a step, and the salt of its dither."""
     counters = (step & MASK, (step >> 32) & MASK, index, ROUNDING_STREAM)
     words = philox(seed, *(torch.tensor(counter) for counter in counters))
-    w0, w1, w2, w3 = (int(word) for word in words)
-    return w0 | w1 << 32, (w2, w3, w2 ^ w3)
+    w0, w1, w2, _ = (int(word) for word in words)
+    return w0 | w1 << 32, w2
 
 
 def stochastic_bfloat16(x: Tensor, key: int) -> Tensor:
@@ -252,7 +252,7 @@ def _step(
     like = item.gradient if item.parameter is None else item.parameter
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     unscaled = item.gradient.to(dtype) * gradient_scale
-    key, salts = random_numbers(seed, item.step, item.index)
+    key, salt = random_numbers(seed, item.step, item.index)
     if item.parameter is not None:
         p = _value(item, dtype)
         if rule != Rule.NONE:
@@ -266,7 +266,7 @@ def _step(
                 for i, (state, scale) in enumerate(zip(item.states, item.scales, strict=True))
             ]
             p, states = _update(rule, item, p, unscaled * (sign * clip_scale), states)
-            _store_states(rule, item, states, salts)
+            _store_states(rule, item, states, salt)
             _store_parameter(item, p, key)
         if item.ema is not None:
             average = _blend(item.ema, _value(item, dtype), 1 - item.hyper.ema_decay)
@@ -278,7 +278,7 @@ def _step(
 
 
 def _store_states(
-    rule: Rule, item: Item, states: list[Tensor | None], salts: tuple[int, int, int]
+    rule: Rule, item: Item, states: list[Tensor | None], salt: int
 ) -> None:
     for i, (target, scale, state) in enumerate(zip(item.states, item.scales, states, strict=True)):
         if target is None or state is None:
@@ -286,7 +286,7 @@ def _store_states(
         if scale is None:
             target.copy_(state)
         else:
-            codes, scales = encode_int8(state, is_signed_state(rule, i), salts[i])
+            codes, scales = encode_int8(state, is_signed_state(rule, i), salt)
             target.copy_(codes)
             scale.copy_(scales)
 

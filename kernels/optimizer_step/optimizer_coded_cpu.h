@@ -1,0 +1,125 @@
+// The fast path of int8 states.
+#pragma once
+
+#include "optimizer_runs_cpu.h"
+
+namespace pyfast::PYFAST_ISA {
+
+// Whole blocks of a float32 tensor with int8 states. While one block is updated, which keeps the
+// divider busy, the codes of the block before are made, which keeps the integer units busy.
+template <OptimizerRule kRule>
+class CodedBlocks {
+ public:
+  CodedBlocks(const OptimizerStepParams& params, const OptimizerTensor& t)
+      : t_(t),
+        numbers_(params.numbers[t.numbers]),
+        rounded_(rounded_numbers<V>(numbers_)),
+        write_gradient_(params.write_gradient),
+        salt_(optimizer_random(params.seed, static_cast<uint64_t>(t.step), t.index).salt) {}
+
+  void run(int64_t begin, int64_t num_blocks) {
+    for (int64_t i = 0; i < num_blocks; ++i) {
+      const int64_t first = begin + i * kOptimizerBlock;
+      if (i == 0) {
+        update<false>(first, i % 2);
+      } else {
+        update<true>(first, i % 2);
+      }
+      finish(first);
+    }
+    encode(begin + (num_blocks - 1) * kOptimizerBlock, (num_blocks - 1) % 2);
+  }
+
+ private:
+  using V = Vec<float>;
+
+  template <bool kEncodes>
+  void update(int64_t begin, int64_t turn) {
+    float* const p = at<float>(t_, kParameter, begin);
+    const float* const g = at<float>(t_, kGradient, begin);
+    uint8_t* const codes[] = {at<uint8_t>(t_, kState0, begin), at<uint8_t>(t_, kState1, begin),
+                              at<uint8_t>(t_, kState2, begin)};
+    V scales[kMaxOptimizerStates];
+    for (int i = 0; i < kMaxOptimizerStates; ++i) {
+      const bool exists = codes[i] != nullptr;
+      scales[i] = V::broadcast(exists ? t_.scales[i][begin / kOptimizerBlock] : 0.0f);
+    }
+    const OptimizerNumbers<V> numbers = rounded_;
+    float (*const states)[kOptimizerBlock] = states_[turn];
+    const float (*const before)[kOptimizerBlock] = states_[1 - turn];
+    LargestLanes largest[kMaxOptimizerStates];
+    DitherLanes dither(begin - kOptimizerBlock, salt_);
+    for (int j = 0; j < kOptimizerBlock; j += V::kLanes) {
+      OptimizerValues<V> x;
+      x.p = V::load(p + j);
+      x.g = V::load(g + j);
+      V* const s[] = {&x.s0, &x.s1, &x.s2};
+      PYFAST_UNROLL
+      for (int i = 0; i < kMaxOptimizerStates; ++i) {
+        *s[i] = V::broadcast(0);
+        if (codes[i] != nullptr) {
+          *s[i] = decode_lanes(codes[i] + j, is_signed_state(kRule, i), scales[i]);
+        }
+      }
+      optimizer_update<kRule>(x, numbers);
+      x.p.store(p + j);
+      PYFAST_UNROLL
+      for (int i = 0; i < kMaxOptimizerStates; ++i) {
+        if (codes[i] == nullptr) continue;
+        s[i]->store(states[i] + j);
+        largest[i].add(*s[i]);
+      }
+      if (kEncodes) {
+        const auto lanes = dither.next();
+        PYFAST_UNROLL
+        for (int i = 0; i < kMaxOptimizerStates; ++i) {
+          if (codes[i] == nullptr) continue;
+          encode_lanes(V::load(before[i] + j), is_signed_state(kRule, i), inverses_[1 - turn][i],
+                       lanes, codes[i] + j - kOptimizerBlock);
+        }
+      }
+    }
+    for (int i = 0; i < kMaxOptimizerStates; ++i) {
+      if (codes[i] == nullptr) continue;
+      float inverse;
+      t_.scales[i][begin / kOptimizerBlock] = code_scale(largest[i].bits(), &inverse);
+      inverses_[turn][i] = V::broadcast(inverse);
+    }
+  }
+
+  void encode(int64_t begin, int64_t turn) {
+    DitherLanes dither(begin, salt_);
+    for (int j = 0; j < kOptimizerBlock; j += V::kLanes) {
+      const auto lanes = dither.next();
+      for (int i = 0; i < kMaxOptimizerStates; ++i) {
+        uint8_t* const codes = at<uint8_t>(t_, kState0 + i, begin);
+        if (codes == nullptr) continue;
+        encode_lanes(V::load(states_[turn][i] + j), is_signed_state(kRule, i), inverses_[turn][i],
+                     lanes, codes + j);
+      }
+    }
+  }
+
+  void finish(int64_t begin) {
+    float* const g = at<float>(t_, kGradient, begin);
+    if (t_.operands[kEma] != nullptr) {
+      average_run(at<float>(t_, kParameter, begin), at<float>(t_, kEma, begin), kOptimizerBlock,
+                  numbers_);
+    }
+    if (t_.flags & kZeroGradient) {
+      memset(g, 0, kOptimizerBlock * sizeof(float));
+    } else if (write_gradient_) {
+      scale_run<float, float>(g, kOptimizerBlock, numbers_);
+    }
+  }
+
+  const OptimizerTensor& t_;
+  const OptimizerNumbers<double>& numbers_;
+  OptimizerNumbers<V> rounded_;
+  bool write_gradient_;
+  uint32_t salt_;
+  V inverses_[2][kMaxOptimizerStates];
+  alignas(64) float states_[2][kMaxOptimizerStates][kOptimizerBlock];
+};
+
+}  // namespace pyfast::PYFAST_ISA

@@ -1,0 +1,77 @@
+// Loops over dense arrays: the update, the average, the scaling of gradients.
+#pragma once
+
+#include "optimizer_codes_cpu.h"
+#include "optimizer_step.h"
+
+namespace pyfast::PYFAST_ISA {
+
+template <typename Pointer>
+struct PointeeOf;
+template <typename T>
+struct PointeeOf<T*> {
+  using type = T;
+};
+
+// The states of a tensor as arrays of one type.
+template <typename S>
+struct States {
+  S* s[kMaxOptimizerStates];
+};
+
+// The update of n elements in place. A null state does not exist.
+template <OptimizerRule kRule, typename P, typename G, typename S, typename C>
+void update_run(P* p, const G* g, States<S> states, int64_t n,
+                const OptimizerNumbers<double>& numbers) {
+  using V = Vec<C>;
+  const OptimizerNumbers<V> rounded = rounded_numbers<V>(numbers);
+  S* const s0 = states.s[0];
+  S* const s1 = states.s[1];
+  S* const s2 = states.s[2];
+  for_each_vec<V>(0, n, [&](int64_t j, int lanes) PYFAST_INLINE_LAMBDA {
+    OptimizerValues<V> x;
+    x.p = load_lanes<V>(p + j, lanes);
+    x.g = load_lanes<V>(g + j, lanes);
+    x.s0 = x.s1 = x.s2 = V::broadcast(0);
+    if (s0 != nullptr) x.s0 = load_lanes<V>(s0 + j, lanes);
+    if (s1 != nullptr) x.s1 = load_lanes<V>(s1 + j, lanes);
+    if (s2 != nullptr) x.s2 = load_lanes<V>(s2 + j, lanes);
+    optimizer_update<kRule>(x, rounded);
+    store_lanes(x.p, p + j, lanes, false);
+    if (s0 != nullptr) store_lanes(x.s0, s0 + j, lanes, false);
+    if (s1 != nullptr) store_lanes(x.s1, s1 + j, lanes, false);
+    if (s2 != nullptr) store_lanes(x.s2, s2 + j, lanes, false);
+  });
+}
+
+template <typename P, typename C>
+void average_run(const P* p, C* ema, int64_t n, const OptimizerNumbers<double>& numbers) {
+  using V = Vec<C>;
+  const V weight = V::broadcast(static_cast<C>(numbers.ema_weight));
+  const bool from_end = numbers.ema_from_end;
+  for_each_vec<V>(0, n, [&](int64_t j, int lanes) PYFAST_INLINE_LAMBDA {
+    const V average = load_lanes<V>(ema + j, lanes);
+    store_lanes(blend(average, load_lanes<V>(p + j, lanes), weight, from_end), ema + j, lanes,
+                false);
+  });
+}
+
+template <typename G, typename C>
+void scale_run(G* g, int64_t n, const OptimizerNumbers<double>& numbers) {
+  using V = Vec<C>;
+  const V scale = V::broadcast(static_cast<C>(numbers.gradient_scale));
+  for_each_vec<V>(0, n, [&](int64_t j, int lanes) PYFAST_INLINE_LAMBDA {
+    store_lanes(load_lanes<V>(g + j, lanes) * scale, g + j, lanes, false);
+  });
+}
+
+template <typename Pointer>
+using Pointee = typename PointeeOf<Pointer>::type;
+
+template <typename T>
+T* at(const OptimizerTensor& t, int operand, int64_t begin) {
+  T* const base = static_cast<T*>(t.operands[operand]);
+  return base == nullptr ? nullptr : base + begin;
+}
+
+}  // namespace pyfast::PYFAST_ISA
