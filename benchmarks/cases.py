@@ -1,8 +1,9 @@
 """What the benchmark files are made of: cases, the check that comes before a speed-up is reported,
 and timing in turns.
 
-A case is one computation at one shape and dtype. torch, torch.compile and pyfast are zero-argument
-callables over the same tensors, called in turns, so that a slow moment of the machine meets all.
+A case is one computation at one shape and dtype: of a function (Case), or of an optimizer, in a file
+of its own. torch, torch.compile and pyfast are zero-argument callables over the same tensors, called
+in turns, so that a slow moment of the machine meets all.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,35 +52,24 @@ class Computation:
 
 
 @dataclass(frozen=True)
-class Case:
-    """A computation at one shape and dtype, forward alone or with the backward pass.
+class BaseCase:
+    """What is timed, by every implementation that it has.
 
     Attributes:
         op: the name of the op that pyfast serves it with.
         name: tells the cases of an op apart, beside shape and dtype.
-        num_passes: how many tensors of the shape must cross the memory bus, reads plus writes.
-        backward: whether ``torch.autograd.grad`` for all inputs is part of a call.
-        requires_grad: whether the inputs require a gradient; always with ``backward``.
         bar: the most that pyfast should take, as a multiple of a copy that moves as many bytes.
         flops: the arithmetic of a call, from the shape; None where bytes alone count.
-        check_shape, compiles: of the check, where it differs; whether torch.compile is a row.
-        others: further rows, by name; each is a function of the first input that gives a callable.
+        optional: rows that are left out where they fail; others fail the run.
     """
 
     op: str
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    computation: Computation
-    num_passes: int
-    backward: bool = False
-    requires_grad: bool = False
-    bar: float | None = None
-    p: float = 0.1
-    flops: Callable[[tuple[int, ...]], int] | None = None
-    check_shape: tuple[int, ...] | None = None
-    compiles: bool = True
-    others: Mapping[str, Callable[[Tensor], Call]] = field(default_factory=dict)
+    bar: float | None = field(default=None, kw_only=True)
+    flops: Callable[[tuple[int, ...]], int] | None = field(default=None, kw_only=True)
+    optional: ClassVar[tuple[str, ...]] = ("torch.compile",)
 
     @property
     def num_elements(self) -> int:
@@ -87,8 +77,8 @@ class Case:
 
     @property
     def num_bytes(self) -> int:
-        """The bytes that a call must move: every tensor once, vectors over the columns aside."""
-        return self.num_passes * self.num_elements * self.dtype.itemsize
+        """The bytes that a call must move."""
+        raise NotImplementedError
 
     @property
     def dtype_name(self) -> str:
@@ -96,19 +86,87 @@ class Case:
 
     @property
     def implementations(self) -> tuple[str, ...]:
-        compiled = ("torch.compile",) * self.compiles
-        return ("torch", *compiled, *self.others, "pyfast")
+        """``torch``, what the others are compared with; others; ``pyfast``."""
+        raise NotImplementedError
+
+    def prepare(self, device: torch.device) -> Prepared:
+        raise NotImplementedError
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
         return f"{self.op} {self.name} {shape} {self.dtype_name}"
 
 
-class PreparedCase:
+class Prepared:
     """A case with its tensors on a device."""
 
+    def __init__(self, case: BaseCase, device: torch.device) -> None:
+        self._base, self.device = case, device
+
+    def like(self) -> Tensor:
+        """The tensor that decides about the backend."""
+        raise NotImplementedError
+
+    def call(self, implementation: str) -> Call:
+        """The callable to time."""
+        raise NotImplementedError
+
+    def check(self) -> str:
+        """What is wrong with pyfast's results; empty if nothing."""
+        raise NotImplementedError
+
+    @property
+    def backend(self) -> str:
+        """The backend that serves pyfast's call."""
+        return registered()[self._base.op].backend_of(self.like())
+
+    def copy_call(self) -> Call:
+        """A copy that moves the bytes of the case: half of them read, half of them written."""
+        dtype = self._base.dtype
+        num_elements = max(1, self._base.num_bytes // (2 * dtype.itemsize))
+        source = torch.ones(num_elements, dtype=dtype, device=self.device)
+        return functools.partial(torch.zeros_like(source).copy_, source)
+
+
+@dataclass(frozen=True)
+class Case(BaseCase):
+    """A computation at one shape and dtype, forward alone or with the backward pass.
+
+    Attributes:
+        num_passes: how many tensors of the shape must cross the memory bus, reads plus writes.
+        backward: whether ``torch.autograd.grad`` for all inputs is part of a call.
+        requires_grad: whether the inputs require a gradient; always with ``backward``.
+        check_shape, compiles: of the check, where it differs; whether torch.compile is a row.
+        others: further rows, by name; each is a function of the first input that gives a callable.
+    """
+
+    computation: Computation
+    num_passes: int
+    backward: bool = False
+    requires_grad: bool = False
+    p: float = 0.1
+    check_shape: tuple[int, ...] | None = None
+    compiles: bool = True
+    others: Mapping[str, Callable[[Tensor], Call]] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Every tensor once, vectors over the columns aside."""
+        return self.num_passes * self.num_elements * self.dtype.itemsize
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        compiled = ("torch.compile",) * self.compiles
+        return ("torch", *compiled, *self.others, "pyfast")
+
+    def prepare(self, device: torch.device) -> PreparedCase:
+        return PreparedCase(self, device)
+
+
+class PreparedCase(Prepared):
     def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, self.device = case, device
+        super().__init__(case, device)
+        self.case = case
         values = case.computation.inputs(case.shape)
         self.names = tuple(values)
         self.inputs = [value.to(device, case.dtype) for value in values.values()]
@@ -116,10 +174,8 @@ class PreparedCase:
         for tensor in self.inputs:
             tensor.requires_grad_(case.backward or case.requires_grad)
 
-    @property
-    def backend(self) -> str:
-        """The backend that serves pyfast's call."""
-        return registered()[self.case.op].backend_of(self.inputs[0])
+    def like(self) -> Tensor:
+        return self.inputs[0]
 
     def call(self, implementation: str) -> Call:
         """The callable to time. That of torch.compile compiles in its first call."""
@@ -135,12 +191,6 @@ class PreparedCase:
             compiled = torch.compile(lambda *inputs: eager(*inputs), fullgraph=True, dynamic=False)
             return self._step(functools.partial(compiled, *self.inputs))
         return self.case.others[implementation](self.inputs[0].detach())
-
-    def copy_call(self) -> Call:
-        """A copy that moves the bytes of the case: half of them read, half of them written."""
-        num_elements = max(1, self.case.num_bytes // (2 * self.case.dtype.itemsize))
-        source = torch.ones(num_elements, dtype=self.case.dtype, device=self.device)
-        return functools.partial(torch.zeros_like(source).copy_, source)
 
     def _step(self, forward: Call) -> Call:
         if self.grad is None:
@@ -162,7 +212,7 @@ class PreparedCase:
         except Exception as error:
             return first_line(error)
         differences = (
-            _difference(name, actual[name], exact[name], rounded[name]) for name in actual
+            difference(name, actual[name], exact[name], rounded[name]) for name in actual
         )
         return "; ".join(filter(None, differences))
 
@@ -184,7 +234,9 @@ class PreparedCase:
         return results
 
 
-def _difference(name: str, actual: Tensor, exact: Tensor, rounded: Tensor) -> str:
+def difference(name: str, actual: Tensor, exact: Tensor, rounded: Tensor) -> str:
+    """What is wrong with ``actual``: ``exact`` is the formula in float64, ``rounded`` the formula
+    in the dtype of the case."""
     if actual.shape != rounded.shape or actual.dtype != rounded.dtype:
         return (
             f"{name} is {tuple(actual.shape)} {actual.dtype}, "
@@ -296,19 +348,19 @@ def _time_block(call: Call, num_calls: int, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def parametrize(metafunc: pytest.Metafunc, cases: Sequence[Case]) -> None:
+def parametrize(metafunc: pytest.Metafunc, cases: Sequence[BaseCase]) -> None:
     """Every implementation of every case, for ``pytest_generate_tests`` of a benchmark file."""
     pairs = [(case, name) for case in cases for name in case.implementations]
     ids = [f"{case} {name}".replace(" ", "-") for case, name in pairs]
     metafunc.parametrize(("case", "implementation"), pairs, ids=ids)
 
 
-def run_with_pytest(benchmark: BenchmarkFixture, case: Case, implementation: str) -> None:
+def run_with_pytest(benchmark: BenchmarkFixture, case: BaseCase, implementation: str) -> None:
     """Time one implementation on the CPU with pytest-benchmark, after the check and a first call.
 
     ``python -m pyfast bench`` measures in turns, which this cannot, and on GPUs.
     """
-    prepared = PreparedCase(case, torch.device("cpu"))
+    prepared = case.prepare(torch.device("cpu"))
     if implementation == "pyfast":
         problem = prepared.check()
         assert not problem, problem
@@ -316,11 +368,11 @@ def run_with_pytest(benchmark: BenchmarkFixture, case: Case, implementation: str
     try:
         call()
     except Exception as error:
-        if implementation != "torch.compile":
+        if implementation not in case.optional:
             raise
         import pytest
 
-        pytest.skip(f"torch.compile failed: {first_line(error)}")
+        pytest.skip(f"{implementation} failed: {first_line(error)}")
     benchmark.group = str(case)
     benchmark.extra_info["num_bytes"] = case.num_bytes
     benchmark(call)

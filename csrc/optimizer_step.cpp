@@ -29,9 +29,13 @@ enum StateName : int {
   kNumNames
 };
 
+std::string text_of(const Tensor& tensor) {
+  return tensor.view().dtype.bits == 0 ? "no tensor" : tensor.describe();
+}
+
 [[noreturn]] void throw_mismatch(const char* name, const Tensor& tensor, const Tensor& parameter) {
   throw py::value_error(std::string("optimizer step: ") + name + " of a parameter of " +
-                        parameter.describe() + " does not fit to it, got " + tensor.describe());
+                        parameter.describe() + " does not fit to it, got " + text_of(tensor));
 }
 
 bool has_same_shape(const Tensor& a, const Tensor& b) {
@@ -65,11 +69,9 @@ bool is_dense(const Tensor& tensor) {
 
 class OptimizerPlan {
  public:
-  OptimizerPlan(int rule, uint64_t seed, double gradient_scale, double clip_scale,
-                bool write_gradient)
+  OptimizerPlan(int rule, double gradient_scale, double clip_scale, bool write_gradient)
       : gradient_scale_(gradient_scale), clip_scale_(clip_scale) {
     params_.rule = static_cast<OptimizerRule>(rule);
-    params_.seed = seed;
     params_.write_gradient = write_gradient;
   }
 
@@ -79,8 +81,8 @@ class OptimizerPlan {
   // which are not added; or None for a group that the kernels cannot take.
   py::object add_group(const py::list& params, const py::object& grads, const py::object& states,
                        const py::tuple& names, const py::tuple& hyper, uint32_t flags,
-                       uint32_t first_index, const py::object& indices, const py::object& fresh,
-                       const py::tuple& plain_types) {
+                       uint64_t seed, uint32_t first_index, const py::object& indices,
+                       const py::object& fresh, const py::tuple& plain_types) {
     static PyObject* const grad_name = PyUnicode_InternFromString("grad");
     const OptimizerHyper numbers = hyper_from(hyper);
     if (lookup_ == nullptr || !lookup_->is_of(states)) {
@@ -96,7 +98,8 @@ class OptimizerPlan {
               : py::reinterpret_borrow<py::object>(PyList_GetItem(grads.ptr(), i));
       if (!grad) throw py::error_already_set();
       if (grad.is_none()) continue;
-      if (!is_plain(parameter, plain_types) || !is_plain(grad.ptr(), plain_types)) {
+      if (!is_plain(parameter, plain_types) || !is_plain(grad.ptr(), plain_types) ||
+          is_negated(grad.ptr())) {
         return py::none();
       }
       uint32_t tensor_flags = flags;
@@ -109,7 +112,7 @@ class OptimizerPlan {
               : static_cast<uint32_t>(PyLong_AsLong(PyList_GetItem(indices.ptr(), i)));
       PyObject* const state = lookup_->find(parameter, i);
       const Outcome outcome =
-          add_tensor(parameter, grad, state, names, numbers, tensor_flags, index);
+          add_tensor(parameter, grad, state, names, numbers, tensor_flags, seed, index);
       if (outcome == Outcome::kUnsupported) return py::none();
       if (outcome == Outcome::kMissing) missing.append(i);
     }
@@ -121,7 +124,8 @@ class OptimizerPlan {
     const OptimizerHyper hyper = {};
     for (py::handle grad : grads) {
       Tensor view;
-      if (!is_plain(grad.ptr(), plain_types) || !assign(&view, grad) || !is_supported(view)) {
+      if (!is_plain(grad.ptr(), plain_types) || is_negated(grad.ptr()) || !assign(&view, grad) ||
+          !is_supported(view)) {
         return false;
       }
       OptimizerTensor t = {};
@@ -131,7 +135,7 @@ class OptimizerPlan {
       t.num_elements = view.num_elements();
       t.numbers = numbers_index(hyper, 0, 0);
       if (!is_dense(view)) add_layout(&t, view, {{kGradient, &view}});
-      objects_.push_back(py::reinterpret_borrow<py::object>(grad));
+      changed_.append(grad);
       if (t.num_elements != 0) tensors_.push_back(t);
     }
     return true;
@@ -151,6 +155,9 @@ class OptimizerPlan {
     for (double sum : sums) total += sum;
     return total;
   }
+
+  // The parameters that the step changes, and the gradients where it writes to them.
+  py::list changed() const { return changed_; }
 
   // Counts the step, and makes it.
   void run(int num_threads) {
@@ -227,6 +234,14 @@ class OptimizerPlan {
     }
   }
 
+  // True where memory holds the values with the other sign, as that of z.conj().imag does.
+  static bool is_negated(PyObject* tensor) {
+    static PyObject* const name = PyUnicode_InternFromString("is_neg");
+    const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, name));
+    if (!answer) throw py::error_already_set();
+    return answer.ptr() == Py_True;
+  }
+
   // A floating-point tensor on the device of the step.
   bool is_supported(const Tensor& tensor) {
     const bool is_float =
@@ -252,7 +267,7 @@ class OptimizerPlan {
 
   Outcome add_tensor(PyObject* parameter, const py::object& grad, PyObject* state,
                      const py::tuple& names, const OptimizerHyper& hyper, uint32_t flags,
-                     uint32_t index) {
+                     uint64_t seed, uint32_t index) {
     Tensor views[kNumOptimizerOperands];
     Tensor& p = views[kParameter];
     Tensor& g = views[kGradient];
@@ -262,6 +277,7 @@ class OptimizerPlan {
     OptimizerTensor t = {};
     t.flags = flags;
     t.index = index;
+    t.seed = seed;
     t.layout = -1;
     t.num_elements = p.num_elements();
     set_operand(&t, kParameter, p, p.dtype("optimizer step: a parameter"));
@@ -332,8 +348,9 @@ class OptimizerPlan {
     t.numbers = numbers_index(hyper, flags, step);
 
     add_layout_if_needed(&t, views);
+    changed_.append(py::handle(parameter));
+    if (params_.write_gradient || flags & kZeroGradient) changed_.append(grad);
     objects_.push_back(grad);
-    objects_.push_back(py::reinterpret_borrow<py::object>(parameter));
     objects_.push_back(py::reinterpret_borrow<py::object>(state != nullptr ? state : Py_None));
     if (t.num_elements != 0) tensors_.push_back(t);
     return Outcome::kAdded;
@@ -370,12 +387,12 @@ class OptimizerPlan {
     Tensor tensor;
     if (!tensor.assign(object) || tensor.num_elements() != 1 || !tensor.is_cpu()) {
       throw py::value_error("optimizer step: step must be one number on the CPU, got " +
-                            tensor.describe());
+                            text_of(tensor));
     }
     const bool is_double = tensor.has_type(dlpack::kFloat, 64);
     if (!is_double && !tensor.has_type(dlpack::kFloat, 32)) {
       throw py::value_error("optimizer step: step must be float32 or float64, got " +
-                            tensor.describe());
+                            text_of(tensor));
     }
     steps_.emplace_back(tensor.data(), is_double);
     const double value =
@@ -488,6 +505,7 @@ class OptimizerPlan {
   std::vector<OptimizerItem> items_;
   std::vector<int64_t> pieces_;
   std::vector<std::pair<void*, bool>> steps_;
+  py::list changed_;
   std::vector<py::object> objects_;  // keep their memory while kernels run
 };
 
@@ -495,10 +513,11 @@ class OptimizerPlan {
 
 void bind_optimizer_step(py::module_& m) {
   py::class_<OptimizerPlan>(m, "OptimizerPlan")
-      .def(py::init<int, uint64_t, double, double, bool>())
+      .def(py::init<int, double, double, bool>())
       .def("add_group", &OptimizerPlan::add_group)
       .def("add_gradients", &OptimizerPlan::add_gradients)
       .def("square_sum", &OptimizerPlan::square_sum)
+      .def("changed", &OptimizerPlan::changed)
       .def("run", &OptimizerPlan::run);
 }
 

@@ -24,7 +24,7 @@ from . import _backend, benchmarks
 from ._bench_report import machine, new_table, plot, print_table, print_whole
 from ._info import cpu_name
 from ._version import __version__
-from .benchmarks.cases import FULL, QUICK, Case, Effort, PreparedCase, first_line, measure
+from .benchmarks.cases import FULL, QUICK, BaseCase, Effort, first_line, measure
 from .benchmarks.rows import Row
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _refuse(text: str) -> int:
     return 2
 
 
-def _run(arguments: argparse.Namespace, cases: list[Case], old: dict[str, Any] | None) -> int:
+def _run(arguments: argparse.Namespace, cases: list[BaseCase], old: dict[str, Any] | None) -> int:
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -118,11 +118,11 @@ def _modules() -> dict[str, str]:
     return {name.removeprefix(prefix): name for name in names}
 
 
-def _load_cases() -> dict[str, list[Case]]:
+def _load_cases() -> dict[str, list[BaseCase]]:
     return {op: importlib.import_module(name).CASES for op, name in _modules().items()}
 
 
-def _select_cases(arguments: argparse.Namespace) -> list[Case]:
+def _select_cases(arguments: argparse.Namespace) -> list[BaseCase]:
     available = _load_cases()
     dtypes = {case.dtype_name: None for cases in available.values() for case in cases}
     for option, known in (("op", available), ("dtype", dtypes)):
@@ -149,7 +149,7 @@ def _select_cases(arguments: argparse.Namespace) -> list[Case]:
     return chosen
 
 
-def _is_large(case: Case) -> bool:
+def _is_large(case: BaseCase) -> bool:
     flops = 0 if case.flops is None else case.flops(case.shape)
     return case.num_elements > QUICK_MAX_ELEMENTS or flops > QUICK_MAX_FLOPS
 
@@ -164,7 +164,7 @@ def _check_writable(option: str, path: Path | None) -> None:
         raise UsageError(f"--plot must be a file whose name ends in .png, got {path}")
 
 
-def _measure_all(cases: list[Case], arguments: argparse.Namespace) -> list[Row]:
+def _measure_all(cases: list[BaseCase], arguments: argparse.Namespace) -> list[Row]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -180,17 +180,17 @@ def _measure_all(cases: list[Case], arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _new_row(case: Case, device: torch.device, implementation: str) -> Row:
+def _new_row(case: BaseCase, device: torch.device, implementation: str) -> Row:
     where = (case.op, case.name, list(case.shape), case.dtype_name, device.type)
     num_flops = None if case.flops is None else case.flops(case.shape)
     return Row(*where, implementation, case.num_bytes, case.bar, num_flops=num_flops)
 
 
 def _run_case(
-    case: Case, device: torch.device, effort: Effort, after_round: Callable[[], None]
+    case: BaseCase, device: torch.device, effort: Effort, after_round: Callable[[], None]
 ) -> list[Row]:
     """Check and time every implementation. What fails has a problem in place of figures."""
-    prepared = PreparedCase(case, device)
+    prepared = case.prepare(device)
     rows: dict[str, Row] = {}
     calls = {"copy": prepared.copy_call()}
     for name in case.implementations:
@@ -209,7 +209,7 @@ def _run_case(
                 calls[name] = call
         except Exception as error:
             row.problem = first_line(error)
-        row.failed = bool(row.problem) and name != "torch.compile"
+        row.failed = bool(row.problem) and name not in case.optional
     samples = measure(calls, device, effort, after_round)
     copy_s, _ = samples.pop("copy")
     torch_s, _ = samples.get("torch", ([], 0))
@@ -285,7 +285,7 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in _KEY)
 
 
-def _read_old(arguments: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
+def _read_old(arguments: argparse.Namespace, cases: list[BaseCase]) -> dict[str, Any]:
     """An earlier result: its environment, and its speed-ups by key."""
     path: Path = arguments.compare
     try:

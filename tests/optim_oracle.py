@@ -161,11 +161,13 @@ def assert_rounded(actual: Tensor, exact: Tensor, before: Tensor, message: str) 
     if not actual.numel():
         return
     finfo = torch.finfo(actual.dtype)
-    sizes = exact.abs() + before.abs() + (exact - before).abs().max()
+    valid = ~exact.isnan()  # the root of a variance that was rounded below zero
+    assert valid.double().mean() > 0.9, f"{message}: the oracle itself computes NaN"
+    sizes = exact.abs() + before.abs() + (exact - before)[valid].abs().max()
     noise = (1e-12 if actual.dtype == torch.float64 else 8 * 2.0**-23) * sizes
     ulp = finfo.eps * 2.0 ** (torch.frexp(exact).exponent.double() - 1)
     rounding = ulp.clamp_min(finfo.tiny * finfo.eps) / 2 if actual.dtype in HALF else 0.0
-    wrong = ~((actual.detach().double() - exact).abs() <= noise + rounding)
+    wrong = valid & ~((actual.detach().double() - exact).abs() <= noise + rounding)
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
         text = f"{actual[at].item()!r} for {exact[at].item()!r} at {at}"
@@ -241,7 +243,8 @@ def set_gradients(params: list[Tensor], step: int) -> None:
         generator = torch.Generator().manual_seed(100 * step + i)
         real = torch.randn(p.shape, generator=generator)
         imaginary = torch.randn(p.shape, generator=generator)
-        p.grad = torch.complex(real, imaginary).to(p.dtype) if p.is_complex() else real.to(p.dtype)
+        values = torch.complex(real, imaginary) if p.is_complex() else real
+        p.grad = torch.empty_like(p, requires_grad=False).copy_(values)
 
 
 def run(optimizer: Any, steps: range, between: Callable[[], Any] = lambda: None) -> None:
@@ -262,26 +265,32 @@ def tensors_of(optimizer: Any) -> Iterator[tuple[str, Tensor]]:
             yield f"parameter {i}, {key}", value
 
 
-def assert_same_run(actual: Any, expected: Any, ulps: float = 64) -> None:
-    """After some steps: parameters and states within ``ulps`` units, 0: bit-equal."""
+def assert_same_run(
+    actual: Any, expected: Any, ulps: float | None = 64, same_strides: bool = True
+) -> None:
+    """Parameters and states within ``ulps`` units, 0: bit-equal, None: whatever the values."""
     pairs = list(tensors_of(actual)), list(tensors_of(expected))
     assert [k for k, _ in pairs[0]] == [k for k, _ in pairs[1]], "other states"
     for (key, a), (_, e) in zip(*pairs, strict=True):
-        facts = [(t.dtype, t.shape, t.stride(), t.device) for t in (a, e)]
+        facts = [(t.dtype, t.shape, t.device, same_strides and t.stride()) for t in (a, e)]
         assert facts[0] == facts[1], f"{key}: {facts[0]} instead of {facts[1]}"
-        allowed = (
-            ulps * torch.finfo(a.dtype).eps * max(1e-6, float(e.abs().max()) if e.numel() else 0)
-        )
-        close = torch.equal(a, e) or bool(((a - e).abs() <= allowed).all())
-        assert close, f"{key}: off by {(a - e).abs().max():.3g}, allowed {allowed:.3g}"
+        if ulps is None or not a.numel():
+            continue
+        allowed = ulps * torch.finfo(a.dtype).eps * max(1e-6, float(e.abs().max()))
+        error = float((a - e).abs().max())
+        assert error <= allowed, f"{key}: off by {error:.3g}, allowed {allowed:.3g}"
 
 
 def check_run(cls: Class, name: str, kwargs: Any, dtype: torch.dtype = torch.float32) -> None:
     """Six steps as torch's for-loop in the same dtype."""
     ours = cls(parameters(dtype), **copy.deepcopy(kwargs))
     plain = {key: value for key, value in kwargs.items() if key not in FLAGS}
+    if kwargs.get("differentiable"):  # computes in float32 what the others do in double
+        plain["differentiable"] = True
     expected = torchs(name)(parameters(dtype), **plain, **FORLOOP)
     for optimizer in (ours, expected):
+        for p in optimizer.param_groups[0]["params"] if "differentiable" in plain else ():
+            p.requires_grad_(False)
         run(optimizer, range(6))
     assert_same_run(ours, expected)
 
@@ -314,6 +323,7 @@ ERRORS: dict[str, Callable[[Any], Any]] = {
     "state of fewer": lambda cls: cls(parameters()).load_state_dict(
         cls(parameters()[1:]).state_dict()
     ),
+    "integers": lambda cls: step_of(cls([torch.ones(2, dtype=torch.int32)])),
     "fused integers": lambda cls: step_of(cls([torch.ones(2, dtype=torch.int32)], fused=True)),
 }
 
@@ -381,6 +391,7 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
     "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=10),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
     "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 2, cycle_momentum=False),
     "SequentialLR": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.5)], [3]

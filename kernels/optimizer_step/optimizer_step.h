@@ -65,7 +65,8 @@ struct OptimizerTensor {
   void* operands[kNumOptimizerOperands];  // null: there is none
   float* scales[kMaxOptimizerStates];     // of int8 states: [ceil(num_elements / 256)]
   int64_t num_elements;
-  int64_t step;  // the one that is being made; the first is 1
+  uint64_t seed;  // of stochastic rounding and of the dither of int8 states
+  int64_t step;   // the one that is being made; the first is 1
   DType dtypes[kNumOptimizerOperands];
   uint32_t flags;
   int32_t numbers;  // index
@@ -97,7 +98,6 @@ struct OptimizerStepParams {
   const OptimizerItem* items;
   const int64_t* pieces;  // [num_pieces + 1] first item of each piece of work
   int64_t num_pieces;
-  uint64_t seed;        // of stochastic rounding and of the dither of int8 states
   bool write_gradient;  // write the gradient, times gradient_scale, back
 };
 

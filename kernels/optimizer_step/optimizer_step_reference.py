@@ -74,6 +74,7 @@ class Item:
             the float32 itself of a float16 parameter.
         step: which step this is, from 1 on.
         index: of the parameter in its optimizer.
+        seed: of stochastic rounding and of the dither of int8 states.
     """
 
     parameter: Tensor | None
@@ -86,6 +87,7 @@ class Item:
     master: Tensor | None = None
     step: int = 0
     index: int = 0
+    seed: int = 0
 
 
 def is_signed_state(rule: Rule, state: int) -> bool:
@@ -244,7 +246,6 @@ def _update(
 def _step(
     rule: Rule,
     item: Item,
-    seed: int,
     gradient_scale: float,
     clip_scale: float,
     write_gradient: bool,
@@ -252,7 +253,7 @@ def _step(
     like = item.gradient if item.parameter is None else item.parameter
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     unscaled = item.gradient.to(dtype) * gradient_scale
-    key, salt = random_numbers(seed, item.step, item.index)
+    key, salt = random_numbers(item.seed, item.step, item.index)
     if item.parameter is not None:
         p = _value(item, dtype)
         if rule != Rule.NONE:
@@ -277,9 +278,7 @@ def _step(
         item.gradient.copy_(unscaled)
 
 
-def _store_states(
-    rule: Rule, item: Item, states: list[Tensor | None], salt: int
-) -> None:
+def _store_states(rule: Rule, item: Item, states: list[Tensor | None], salt: int) -> None:
     for i, (target, scale, state) in enumerate(zip(item.states, item.scales, states, strict=True)):
         if target is None or state is None:
             continue
@@ -309,7 +308,6 @@ def _store_parameter(item: Item, p: Tensor, key: int) -> None:
 def optimizer_step_reference(
     rule: Rule,
     items: list[Item],
-    seed: int = 0,
     gradient_scale: float = 1.0,
     clip_scale: float = 1.0,
     write_gradient: bool = False,
@@ -319,9 +317,8 @@ def optimizer_step_reference(
     Args:
         rule: the update; ``Rule.NONE`` averages and scales alone.
         items: the tensors.
-        seed: of stochastic rounding and of the dither of int8 states.
         gradient_scale: the gradient is multiplied by it, and by ``clip_scale``.
         write_gradient: write the gradient, times ``gradient_scale``, back.
     """
     for item in items:
-        _step(rule, item, seed, gradient_scale, clip_scale, write_gradient)
+        _step(rule, item, gradient_scale, clip_scale, write_gradient)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._backend import KERNEL_DTYPES
 from ..kernels.optimizer_step.optimizer_step_reference import (
+    BLOCK_SIZE,
     Flag,
     Hyper,
     Item,
@@ -22,7 +24,17 @@ from ._op import ListOp
 __all__ = ["Flag", "Group", "Hyper", "Rule", "Scaling", "optimizer_step", "square_sum"]
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-NUM_NAMES = 10  # step, three states, their scales, ema, remainder, master
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one that the kernels take: no subclass, dense, floating-point."""
+    return (
+        type(tensor) in PLAIN_TYPES
+        and tensor.dtype in KERNEL_DTYPES
+        and tensor.layout == torch.strided
+        and tensor.device.type != "meta"
+        and not tensor.is_neg()
+    )
 
 
 @dataclass
@@ -38,6 +50,7 @@ class Group:
         grads: in place of the ``.grad`` of each.
         indices: of the parameters in their optimizer. Default: from ``first_index`` on.
         fresh: whose momentum buffer takes the gradient as it is.
+        seed: of stochastic rounding, and of the dither of int8 states.
         owners: the optimizer's own parameters, where ``params`` are their local shards.
     """
 
@@ -50,6 +63,7 @@ class Group:
     grads: list[Tensor | None] | None = None
     indices: list[int] | None = None
     fresh: list[bool] | None = None
+    seed: int = 0
     owners: list[Tensor] | None = None
 
 
@@ -73,10 +87,9 @@ class Missing:
         return any(self.positions)
 
 
-def _plan(rule: Rule, groups: Sequence[Group], seed: int, scaling: Scaling) -> Any:
+def _plan(rule: Rule, groups: Sequence[Group], scaling: Scaling) -> Any:
     """The native plan, the states that are missing for it, or None for what it cannot take."""
-    seed &= 0xFFFFFFFFFFFFFFFF
-    plan = native.OptimizerPlan(int(rule), seed, scaling.gradient, scaling.clip, scaling.write)
+    plan = native.OptimizerPlan(int(rule), scaling.gradient, scaling.clip, scaling.write)
     missing = Missing()
     for group in groups:
         hyper = tuple(float(number) for number in group.hyper)
@@ -87,6 +100,7 @@ def _plan(rule: Rule, groups: Sequence[Group], seed: int, scaling: Scaling) -> A
             group.names,
             hyper,
             int(group.flags),
+            group.seed & 0xFFFFFFFFFFFFFFFF,
             group.first_index,
             group.indices,
             group.fresh,
@@ -98,16 +112,20 @@ def _plan(rule: Rule, groups: Sequence[Group], seed: int, scaling: Scaling) -> A
     return missing or plan
 
 
-def _step_native(rule: Rule, groups: Sequence[Group], seed: int, scaling: Scaling) -> Any:
-    plan = _plan(rule, groups, seed, scaling)
+def _step_native(rule: Rule, groups: Sequence[Group], scaling: Scaling) -> Any:
+    plan = _plan(rule, groups, scaling)
     if plan is not None and not isinstance(plan, Missing):
         plan.run(get_num_threads())
+        # Autograd must see that they have changed.
+        torch._C._increment_version(plan.changed())
     return plan
 
 
-def _items(groups: Sequence[Group]) -> tuple[list[Item], list[Tensor], Missing]:
-    """The items of a step, their step counts, and which states are missing."""
-    items, steps, missing = [], [], Missing()
+def _items(groups: Sequence[Group]) -> tuple[list[Item], list[Tensor], Missing] | None:
+    """The items of a step, their step counts, and which states are missing; None for what no kernel
+    takes."""
+    items: list[Item] = []
+    steps, missing = [], Missing()
     for group in groups:
         positions: list[int] = []
         missing.positions.append(positions)
@@ -115,58 +133,87 @@ def _items(groups: Sequence[Group]) -> tuple[list[Item], list[Tensor], Missing]:
             grad = p.grad if group.grads is None else group.grads[i]
             if grad is None:
                 continue
+            device = items[0].gradient.device if items else p.device
+            if not (is_plain(p) and is_plain(grad) and p.device == device):
+                return None
             states = group.states
             state = states[i] if isinstance(states, list) else states.get(p, {})
-            found = [None if name is None else state.get(name) for name in group.names]
-            found[8] = found[8] if p.dtype == torch.bfloat16 else None
-            found[9] = found[9] if p.dtype == torch.float16 else None
-            wanted = [name is not None for name in group.names]
-            wanted[8] = wanted[8] and p.dtype == torch.bfloat16
-            wanted[9] = wanted[9] and p.dtype == torch.float16
-            if any(w and f is None for w, f in zip(wanted, found, strict=True)):
+            names = _names_for(p, group.names)
+            found = [None if name is None else state.get(name) for name in names]
+            if any(n is not None and f is None for n, f in zip(names, found, strict=True)):
                 positions.append(i)
                 continue
-            step = found[0]
-            if step is not None:
-                steps.append(step)
-            items.append(
-                Item(
-                    p,
-                    grad,
-                    group.hyper,
-                    int(group.flags)
-                    | (Flag.FIRST_STEP if group.fresh is not None and group.fresh[i] else 0),
-                    tuple(found[1:4]),
-                    tuple(found[4:7]),
-                    found[7],
-                    found[8] if found[9] is None else found[9],
-                    0 if step is None else int(step) + 1,
-                    group.first_index + i if group.indices is None else group.indices[i],
-                )
+            step, *tensors, ema, remainder, master = found
+            flags = int(group.flags)
+            if group.fresh is not None and group.fresh[i]:
+                flags |= Flag.FIRST_STEP
+            item = Item(
+                p,
+                grad,
+                group.hyper,
+                flags,
+                tuple(tensors[:3]),
+                tuple(tensors[3:]),
+                ema,
+                remainder if master is None else master,
+                0 if step is None else int(step) + 1,
+                group.first_index + i if group.indices is None else group.indices[i],
+                group.seed,
             )
-            _check_item(items[-1], group.names)
+            _check_item(item, names, found)
+            items.append(item)
+            steps += [] if step is None else [step]
     return items, steps, missing
 
 
-def _check_item(item: Item, names: tuple[str | None, ...]) -> None:
+def _names_for(p: Tensor, names: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    remainder = names[8] if p.dtype == torch.bfloat16 else None
+    return (*names[:8], remainder, names[9] if p.dtype == torch.float16 else None)
+
+
+def _check_item(item: Item, names: tuple[str | None, ...], found: list[Any]) -> None:
+    """ValueError for a state that is not what the step needs."""
     p = item.parameter
     assert p is not None
-    for name, tensor in zip(names[1:4], item.states, strict=True):
-        if tensor is not None and tensor.shape != p.shape:
+    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+    scale_shape = (-(-p.numel() // BLOCK_SIZE),)
+    for kind, (name, tensor) in enumerate(zip(names, found, strict=True)):
+        if name is None:
+            continue
+        shape: Any = p.shape
+        dtypes: tuple[torch.dtype, ...] = (wide,)
+        if kind == 0:
+            shape, dtypes = (), (torch.float32, torch.float64)
+        elif kind < 4:
+            dtypes = tuple(KERNEL_DTYPES) if names[kind + 3] is None else (torch.uint8,)
+        elif kind < 7:
+            shape, dtypes = scale_shape, (torch.float32,)
+        elif kind == 8:
+            dtypes = (torch.int16,)
+        fits = isinstance(tensor, Tensor) and tensor.shape == shape and tensor.dtype in dtypes
+        if not fits or (kind != 0 and tensor.device != p.device):
+            got = (
+                f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+                if isinstance(tensor, Tensor)
+                else type(tensor).__name__
+            )
             raise ValueError(
-                f"optimizer step: {name} of a parameter of {tuple(p.shape)} {p.dtype} does not fit "
-                f"to it, got {tuple(tensor.shape)} {tensor.dtype}"
+                f"optimizer step: {name} of a parameter of {tuple(p.shape)} {p.dtype} on "
+                f"{p.device} does not fit to it, got {got}"
             )
 
 
-def _step_reference(rule: Rule, groups: Sequence[Group], seed: int, scaling: Scaling) -> Any:
-    items, steps, missing = _items(groups)
+def _step_reference(rule: Rule, groups: Sequence[Group], scaling: Scaling) -> Any:
+    found = _items(groups)
+    if found is None:
+        return None
+    items, steps, missing = found
     if missing:
         return missing
     for step in steps:
         step += 1
     with torch.no_grad():
-        optimizer_step_reference(rule, items, seed, scaling.gradient, scaling.clip, scaling.write)
+        optimizer_step_reference(rule, items, scaling.gradient, scaling.clip, scaling.write)
     return True
 
 
@@ -177,7 +224,6 @@ def optimizer_step(
     rule: Rule,
     groups: Sequence[Group],
     like: Tensor,
-    seed: int = 0,
     scaling: Scaling | None = None,
 ) -> Missing | None:
     """Step the tensors of all groups in place, in one pass.
@@ -186,7 +232,6 @@ def optimizer_step(
         rule: the update.
         groups: see :class:`Group`.
         like: one of the parameters; its device decides on the backend.
-        seed: of stochastic rounding, and of the dither of int8 states.
         scaling: of the gradients.
 
     Returns:
@@ -195,7 +240,7 @@ def optimizer_step(
         dtypes; nothing has been done then.
     """
     kernel = _optimizer_step.kernels[_optimizer_step.backend_of(like)]
-    done = kernel(rule, groups, seed, scaling or Scaling())
+    done = kernel(rule, groups, scaling or Scaling())
     if done is None or isinstance(done, Missing):
         return done
     return Missing()
@@ -205,7 +250,7 @@ def square_sum(grads: list[Tensor]) -> Tensor:
     """The sum of the squares of all elements, in float64, on the device of the gradients."""
     like = grads[0]
     if _optimizer_step.backend_of(like) == "cpu":
-        plan = native.OptimizerPlan(0, 0, 1.0, 1.0, False)
+        plan = native.OptimizerPlan(0, 1.0, 1.0, False)
         if plan.add_gradients(grads, PLAIN_TYPES):
             return torch.tensor(plan.square_sum(get_num_threads()), dtype=torch.float64)
     return sum(
@@ -218,9 +263,10 @@ def scale(grads: list[Tensor], factor: float) -> None:
     """Multiply every gradient in place."""
     like = grads[0]
     if _optimizer_step.backend_of(like) == "cpu":
-        plan = native.OptimizerPlan(0, 0, factor, 1.0, True)
+        plan = native.OptimizerPlan(0, factor, 1.0, True)
         if plan.add_gradients(grads, PLAIN_TYPES):
             plan.run(get_num_threads())
+            torch._C._increment_version(plan.changed())
             return
     for grad in grads:
         grad.mul_(factor)

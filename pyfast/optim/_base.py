@@ -17,18 +17,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _random
-from ..ops.optimizer_step import (
-    PLAIN_TYPES,
-    Group,
-    Hyper,
-    Rule,
-    Scaling,
-    optimizer_step,
-)
+from ..ops.optimizer_step import Group, Hyper, Rule, Scaling, is_plain, optimizer_step
 from . import _extras
 from ._distributed import is_dtensor, local, total_norm
-
-_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class FusedOptimizer(Optimizer):
@@ -41,6 +32,7 @@ class FusedOptimizer(Optimizer):
     _torch_class: ClassVar[type[Optimizer]]
     _grad_norm: Tensor | None = None
     _loading: dict[str, Any] | None = None
+    _others: bool | None = None
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str | None, ...]:
         """The keys of the three states, None for one that the group does not need."""
@@ -57,7 +49,7 @@ class FusedOptimizer(Optimizer):
         """Called by constructors, after torch's: takes the extras into defaults and groups."""
         given = _extras.checked(type(self).__name__, extras)
         if given.get("stochastic_rounding") and "seed" not in given:
-            given["seed"] = int(_random.buffer.tensor.random_().item())
+            given["seed"] = _new_seed()
         self.defaults.update(given)
         for group in self.param_groups:
             for name, value in given.items():
@@ -67,9 +59,18 @@ class FusedOptimizer(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         name = type(self).__name__
         _extras.checked(name, {key: group[key] for key in _extras.DEFAULTS if key in group})
+        limit = self.defaults.get("max_grad_norm")
+        if group.get("max_grad_norm") != limit:
+            raise ValueError(
+                f"{name}: max_grad_norm must be that of the whole optimizer, {limit!r}, "
+                f"in every group, got {group['max_grad_norm']!r}"
+            )
         _extras.check_group(name, group)
+        if group.get("stochastic_rounding") and group.get("seed") is None:
+            group["seed"] = _new_seed()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self._others = None
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -99,6 +100,7 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._others = None
         if self._loading is not None:
             _extras.restore(self, self._loading)
 
@@ -150,27 +152,53 @@ class FusedOptimizer(Optimizer):
         return loss
 
     def _step(self) -> None:
-        like = next((p for group in self.param_groups for p in group["params"]), None)
-        if like is None:
-            return
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.item():
+            self._zero_gradients()
             return
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         scaling = Scaling()
         if grad_scale is not None:
             scaling = Scaling(gradient=1.0 / float(grad_scale), write=True)
         groups = [self._group(group, first) for group, first in self._with_first_index()]
-        is_simple = all(
-            not group.get("differentiable") and not _has_duplicates(group["params"])
-            for group in self.param_groups
-        )
-        max_norm = _extras.max_grad_norm(self)
+        parts = self._parts(groups) if self._has_other_parameters() else None
+        max_norm = self.param_groups[0].get("max_grad_norm")
         if max_norm is not None:
             scaling.clip = self._clip_scale(max_norm, scaling.gradient)
-        if is_simple and self._step_groups(groups, like, scaling):
-            return
-        self._step_parts(groups, scaling)
+        if parts is None:
+            like = next((p for group in groups for p in group.params), None)
+            if like is None or self._step_groups(groups, like, scaling):
+                return
+            parts = self._parts(groups)
+        torch_groups = parts.pop("torch", [])
+        if torch_groups:  # first: it may refuse
+            self._torch_step(torch_groups)
+        for part in parts.values():
+            if not self._step_groups(part, part[0].params[0], scaling):
+                raise RuntimeError(f"{type(self).__name__}: no kernel takes {part[0].params}")
+
+    def _has_other_parameters(self) -> bool:
+        """Whether there are parameters, of those that have been given when groups were made, that
+        the kernels do not take. Cheap: asked at every step."""
+        if self._others is None:
+            self._others = any(
+                group.get("differentiable")
+                or _has_duplicates(group["params"])
+                or not all(map(is_plain, group["params"]))
+                or len({p.device for p in group["params"]} | {self._device()}) > 1
+                for group in self.param_groups
+            )
+        return self._others
+
+    def _device(self) -> torch.device:
+        return next(p.device for group in self.param_groups for p in group["params"])
+
+    def _zero_gradients(self) -> None:
+        """What is left of a step that is skipped, with ``zero_grads``."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if group.get("zero_grads") and p.grad is not None:
+                    p.grad.zero_()
 
     def _with_first_index(self) -> Iterator[tuple[dict[str, Any], int]]:
         first = 0
@@ -200,26 +228,33 @@ class FusedOptimizer(Optimizer):
             hyper._replace(l1=group.get("l1", 0.0), ema_decay=group.get("ema_decay") or 0.0),
             flags | _extras.flags(group),
             first_index,
+            seed=group.get("seed") or 0,
         )
 
     @staticmethod
     def _is_random(group: dict[str, Any]) -> bool:
         return group.get("state_dtype") == "int8" or bool(group.get("stochastic_rounding"))
 
-    def _step_groups(self, groups: list[Group], like: Tensor, scaling: Scaling) -> bool:
+    def _step_groups(self, groups: list[Group], like: Tensor | None, scaling: Scaling) -> bool:
         """Step plain tensors on one device; False, with nothing done, if that is not what the
         groups are."""
-        seed = next((g["seed"] for g in self.param_groups if "seed" in g), 0)
-        missing = optimizer_step(self._rule, groups, like, seed, scaling)
-        if missing:
+        missing = optimizer_step(self._rule, groups, like, scaling)
+        if not missing:
+            return missing is not None
+        created: list[tuple[Tensor, str]] = []
+        try:
             for group, source, positions in zip(
                 groups, self._sources(groups), missing.positions, strict=True
             ):
                 if positions:
-                    group.fresh = self._init_states(group, source, positions)
-            missing = optimizer_step(self._rule, groups, like, seed, scaling)
-            assert not missing
-        return missing is not None
+                    group.fresh = self._init_states(group, source, positions, created)
+            return optimizer_step(self._rule, groups, like, scaling) is not None
+        except Exception:
+            for p, name in created:
+                del self.state[p][name]
+                if not self.state[p]:
+                    del self.state[p]
+            raise
 
     def _sources(self, groups: list[Group]) -> list[dict[str, Any]]:
         """The param_group of each group."""
@@ -232,9 +267,13 @@ class FusedOptimizer(Optimizer):
         return found
 
     def _init_states(
-        self, group: Group, source: dict[str, Any], positions: list[int]
+        self,
+        group: Group,
+        source: dict[str, Any],
+        positions: list[int],
+        created: list[tuple[Tensor, str]],
     ) -> list[bool]:
-        """Create what is missing. Returns whose momentum buffer is new."""
+        """Create what is missing, and note it. Returns whose momentum buffer is new."""
         fresh = [False] * len(group.params)
         for position in positions:
             owner = (group.params if group.owners is None else group.owners)[position]
@@ -245,6 +284,7 @@ class FusedOptimizer(Optimizer):
                 tensor = _extras.new_state(owner, source, kind)
                 if tensor is not None:
                     state[name] = tensor
+                    created.append((owner, name))
                     fresh[position] |= kind == 1
                     if isinstance(group.states, list):
                         group.states[position][name] = local(tensor)
@@ -258,10 +298,10 @@ class FusedOptimizer(Optimizer):
         self._grad_norm = norm.float()
         return min(1.0, max_norm / (float(norm) + 1e-6)) if not norm.isnan() else float("nan")
 
-    def _step_parts(self, groups: list[Group], scaling: Scaling) -> None:
-        """Step parameters of every kind: those of one kind and device at a time."""
-        parts: dict[Any, list[Group]] = {}
-        torch_groups = []
+    def _parts(self, groups: list[Group]) -> dict[Any, list[Any]]:
+        """Parameters of every kind, those of one kind and device together; under "torch" groups
+        for torch's own code."""
+        parts: dict[Any, list[Any]] = {}
         for group, source in zip(groups, self.param_groups, strict=True):
             by_kind: dict[Any, list[int]] = {}
             for i, p in enumerate(group.params):
@@ -270,18 +310,12 @@ class FusedOptimizer(Optimizer):
             if _has_duplicates(group.params):
                 by_kind = {"torch": list(range(len(group.params)))}
             for kind, positions in by_kind.items():
+                part: Any = _part(group, positions)
                 if kind == "torch":
-                    params = [group.params[i] for i in positions]
-                    torch_groups.append({**source, "params": params})
                     self._refuse_extras(source)
-                else:
-                    parts.setdefault(kind, []).append(_part(group, positions))
-        for part in parts.values():
-            like = part[0].params[0]
-            if not self._step_groups(part, like, scaling):
-                raise RuntimeError(f"{type(self).__name__}: no kernel takes {like.type()} tensors")
-        if torch_groups:
-            self._torch_step(torch_groups)
+                    part = {**source, "params": [group.params[i] for i in positions]}
+                parts.setdefault(kind, []).append(part)
+        return parts
 
     def _kind(self, p: Tensor, group: dict[str, Any]) -> Any:
         """What can be stepped together: "torch" is for torch's own code."""
@@ -289,17 +323,12 @@ class FusedOptimizer(Optimizer):
         assert grad is not None
         if is_dtensor(p) and is_dtensor(grad):
             p, grad = local(p), local(grad)
+        if grad.is_neg():
+            # Memory holds the values with the other sign, as that of z.conj().imag does.
+            grad = p.grad = grad.resolve_neg()
         if grad.is_sparse and self._rule != Rule.SGD:
             raise RuntimeError(_SPARSE[self._rule])
-        if (
-            group.get("differentiable")
-            or type(p) not in PLAIN_TYPES
-            or type(grad) not in PLAIN_TYPES
-            or p.dtype not in _FLOATING
-            or grad.dtype not in _FLOATING
-            or grad.layout != torch.strided
-            or p.device.type == "meta"
-        ):
+        if group.get("differentiable") or not (is_plain(p) and is_plain(grad)):
             return "torch"
         return p.device
 
@@ -350,6 +379,10 @@ _SPARSE = {
     Rule.RMSPROP: "RMSprop does not support sparse gradients",
     Rule.ADAMAX: "Adamax does not support sparse gradients",
 }
+
+
+def _new_seed() -> int:
+    return int(_random.buffer.tensor.random_().item())
 
 
 def _has_duplicates(params: list[Tensor]) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import GeneratorType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.optimizer_step import PLAIN_TYPES, scale
+from ..ops.optimizer_step import is_plain, scale
 from ._distributed import total_norm
 
 
@@ -38,13 +40,16 @@ def clip_grad_norm_(
     Raises:
         RuntimeError: with ``error_if_nonfinite``, with torch's text.
     """
-    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    params: Any = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if isinstance(parameters, GeneratorType) and not params:
+        params = (p for p in params)  # torch warns of one that has been used up
     grads = [p.grad for p in params if p.grad is not None]
-    is_plain = all(
-        type(g) in PLAIN_TYPES and g.is_floating_point() and g.layout == torch.strided
-        for g in grads
-    )
-    if not grads or not is_plain or norm_type != 2.0 or len({g.device for g in grads}) > 1:
+    if (
+        not grads
+        or not all(map(is_plain, grads))
+        or norm_type != 2.0
+        or len({g.device for g in grads}) > 1
+    ):
         return torch.nn.utils.clip_grad_norm_(
             params, max_norm, norm_type, error_if_nonfinite, foreach
         )

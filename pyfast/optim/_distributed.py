@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.optimizer_step import PLAIN_TYPES, square_sum
+from ..ops.optimizer_step import is_plain, square_sum
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -28,10 +28,10 @@ def total_norm(grads: list[Tensor]) -> Tensor:
     for grad in grads:
         place = (grad.device_mesh, grad.placements) if is_dtensor(grad) else None  # type: ignore[attr-defined]
         shard = local(grad)
-        parts.setdefault((place, shard.device, type(shard) in PLAIN_TYPES), []).append(shard)
+        parts.setdefault((place, shard.device, is_plain(shard)), []).append(shard)
     total = torch.zeros((), dtype=torch.float64, device=local(grads[0]).device if grads else None)
-    for (place, _, is_plain), shards in parts.items():
-        squares = square_sum(shards) if is_plain else _plain_square_sum(shards)
+    for (place, _, plain), shards in parts.items():
+        squares = square_sum(shards) if plain else _plain_square_sum(shards)
         total += (squares if place is None else _over_ranks(squares, *place)).to(total.device)
     return total.sqrt()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ class EMA:
     half types (float64 for float64), and start at the values that parameters have at construction.
 
     Args:
-        parameters: tensors, or a module.
+        parameters: tensors, one tensor, or a module.
         decay: weight of the old average, in [0, 1]. Default: 0.999
 
     Attributes:
@@ -33,12 +34,15 @@ class EMA:
     """
 
     def __init__(
-        self, parameters: Iterable[Tensor] | torch.nn.Module, decay: float = 0.999
+        self, parameters: Iterable[Tensor] | Tensor | torch.nn.Module, decay: float = 0.999
     ) -> None:
         if isinstance(parameters, torch.nn.Module):
             parameters = parameters.parameters()
-        if not 0 <= decay <= 1:
-            raise ValueError(f"EMA: decay must be in [0, 1], got {decay!r}")
+        elif isinstance(parameters, Tensor):
+            parameters = [parameters]
+        is_number = isinstance(decay, numbers.Real) and not isinstance(decay, bool)
+        if not is_number or not 0 <= decay <= 1:
+            raise ValueError(f"EMA: decay must be a number in [0, 1], got {decay!r}")
         self.decay = decay
         self._parameters = list(parameters)
         for p in self._parameters:

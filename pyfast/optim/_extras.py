@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ..kernels.optimizer_step.optimizer_step_reference import (
     BLOCK_SIZE,
@@ -38,13 +38,13 @@ _STORAGE = ("state_dtype", "master_weights")  # of the optimizer, not of a check
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 _RULES: dict[str, tuple[str, Any]] = {
     "max_grad_norm": (
-        "None or a positive number",
-        lambda v: v is None or (_is_number(v) and v > 0),
+        "None or a number of at least 0",
+        lambda v: v is None or (_is_number(v) and v >= 0),
     ),
     "ema_decay": (
         "None or a number in [0, 1]",
@@ -121,12 +121,6 @@ def flags(group: dict[str, Any]) -> int:
     return int(found)
 
 
-def max_grad_norm(optimizer: Optimizer) -> float | None:
-    """That of the optimizer: of its groups the first that has one."""
-    values = (group.get("max_grad_norm") for group in optimizer.param_groups)
-    return next((value for value in values if value is not None), None)
-
-
 def state_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
     name = group.get("state_dtype")
     if name is None or p.dtype == torch.float64:
@@ -186,7 +180,7 @@ def _restore_state(
     saved: dict[str, Any],
 ) -> None:
     state = optimizer.state[p]
-    for name in ("ema", "master"):
+    for name in ("ema", "master", "remainder"):
         if isinstance(saved.get(name), Tensor):
             state[name] = saved[name].detach().to(p.device, copy=True)
     for i, name in enumerate(names):
