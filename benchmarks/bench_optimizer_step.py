@@ -1,5 +1,5 @@
-"""Whole steps of optimizers against torch's: fused, foreach, for-loop, and with clipping and averages
-as calls of their own.
+"""Whole steps of optimizers against torch's: fused, foreach, for-loop, and with clipping and
+averages as calls of their own.
 
 Every row steps the same parameters, whose gradients are there and stay; its states are its own. The
 first call, which makes the states, is not timed: ``peak_bytes`` is what they take.
@@ -95,12 +95,9 @@ class OptimizerCase(BaseCase):
         ]
         if implementation in self.others:
             return self.others[implementation](groups)
-        package, extras = torch.optim, FORLOOP
-        if implementation == "pyfast":
-            package, extras = pyfast.optim, self.extras
-        elif implementation != "for-loop":
-            extras = self.rows[implementation]
-        made: Optimizer = getattr(package, self.optimizer)(groups, **self.options, **extras)
+        package = pyfast.optim if implementation == "pyfast" else torch.optim
+        arguments = {"pyfast": self.extras, "for-loop": FORLOOP, **self.rows}[implementation]
+        made: Optimizer = getattr(package, self.optimizer)(groups, **self.options, **arguments)
         return made
 
 
@@ -223,15 +220,14 @@ _case = functools.partial(OptimizerCase, "optimizer_step")
 _FLOAT, _BFLOAT = torch.float32, torch.bfloat16
 _FOREACH = {"torch": FORLOOP, "torch foreach": {"foreach": True}}
 _MOMENTUM = {"momentum": 0.9}
+_BFLOAT16_STATES = {"state_dtype": "bfloat16"}
 _CLIP_AND_AVERAGE = {"max_grad_norm": 1.0, "ema_decay": 0.999}
 
 CASES = [
     _case("AdamW", QUICK, _FLOAT, "AdamW", 28),
     _case("AdamW", LARGE, _FLOAT, "AdamW", 28, rows={**FUSED, "torch default": {}}),
     _case("AdamW", LARGE, _BFLOAT, "AdamW", 14),
-    _case(
-        "AdamW, bfloat16 states", LARGE, _FLOAT, "AdamW", 20, extras={"state_dtype": "bfloat16"}
-    ),
+    _case("AdamW, bfloat16 states", LARGE, _FLOAT, "AdamW", 20, extras=_BFLOAT16_STATES),
     _case("AdamW", (1000, 256, 256), _FLOAT, "AdamW", 28),
     _case(
         "AdamW, 50 groups",

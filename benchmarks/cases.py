@@ -1,9 +1,9 @@
 """What the benchmark files are made of: cases, the check that comes before a speed-up is reported,
 and timing in turns.
 
-A case is one computation at one shape and dtype: of a function (Case), or of an optimizer, in a file
-of its own. torch, torch.compile and pyfast are zero-argument callables over the same tensors, called
-in turns, so that a slow moment of the machine meets all.
+A case is one computation at one shape and dtype: of a function, or of an optimizer, which has its
+kind of case in its own file. torch, torch.compile and pyfast are zero-argument callables over the
+same tensors, called in turns, so that a slow moment of the machine meets all.
 """
 
 from __future__ import annotations

@@ -67,6 +67,12 @@ bool is_dense(const Tensor& tensor) {
   return true;
 }
 
+// What is on the device already, and where.
+struct OptimizerTable {
+  std::vector<char> bytes;
+  const void* memory = nullptr;
+};
+
 class OptimizerPlan {
  public:
   OptimizerPlan(int rule, double gradient_scale, double clip_scale, bool write_gradient)
@@ -84,7 +90,7 @@ class OptimizerPlan {
                        uint64_t seed, uint32_t first_index, const py::object& indices,
                        const py::object& fresh, const py::tuple& plain_types) {
     static PyObject* const grad_name = PyUnicode_InternFromString("grad");
-    const OptimizerHyper numbers = hyper_from(hyper);
+    const OptimizerSource source = source_from(hyper, flags);
     if (lookup_ == nullptr || !lookup_->is_of(states)) {
       lookup_ = std::make_unique<StateLookup>(states);
     }
@@ -112,7 +118,7 @@ class OptimizerPlan {
               : static_cast<uint32_t>(PyLong_AsLong(PyList_GetItem(indices.ptr(), i)));
       PyObject* const state = lookup_->find(parameter, i);
       const Outcome outcome =
-          add_tensor(parameter, grad, state, names, numbers, tensor_flags, seed, index);
+          add_tensor(parameter, grad, state, names, source, tensor_flags, seed, index);
       if (outcome == Outcome::kUnsupported) return py::none();
       if (outcome == Outcome::kMissing) missing.append(i);
     }
@@ -121,7 +127,6 @@ class OptimizerPlan {
 
   // Adds gradients alone, to be measured or scaled; false where the kernels cannot take one.
   bool add_gradients(const py::list& grads, const py::tuple& plain_types) {
-    const OptimizerHyper hyper = {};
     for (py::handle grad : grads) {
       Tensor view;
       if (!is_plain(grad.ptr(), plain_types) || is_negated(grad.ptr()) || !assign(&view, grad) ||
@@ -133,7 +138,7 @@ class OptimizerPlan {
       set_operand(&t, kGradient, view, view.dtype("gradient"));
       t.dtypes[kParameter] = t.dtypes[kGradient];
       t.num_elements = view.num_elements();
-      t.numbers = numbers_index(hyper, 0, 0);
+      t.numbers = source_index({});
       if (!is_dense(view)) add_layout(&t, view, {{kGradient, &view}});
       changed_.append(grad);
       if (t.num_elements != 0) tensors_.push_back(t);
@@ -142,7 +147,7 @@ class OptimizerPlan {
   }
 
   double square_sum(int num_threads) {
-    make_items();
+    make_items(kPieceElements);
     std::vector<double> sums(pieces_.size());
     SquareSumParams params = {tensors_.data(),
                               layouts_.data(),
@@ -159,23 +164,60 @@ class OptimizerPlan {
   // The parameters that the step changes, and the gradients where it writes to them.
   py::list changed() const { return changed_; }
 
-  // Counts the step, and makes it.
+  // Counts the step, and makes it, on the CPU.
   void run(int num_threads) {
-    for (const auto& [pointer, is_double] : steps_) {
-      if (is_double) {
-        *static_cast<double*>(pointer) += 1;
-      } else {
-        *static_cast<float*>(pointer) += 1;
-      }
+    count_steps();
+    make_items(kPieceElements);
+    std::vector<OptimizerNumbers<double>> numbers;
+    for (const OptimizerSource& source : sources_) {
+      numbers.push_back(
+          base::optimizer_numbers(params_.rule, source, gradient_scale_, clip_scale_));
     }
-    make_items();
     params_.tensors = tensors_.data();
     params_.layouts = layouts_.data();
-    params_.numbers = numbers_.data();
+    params_.numbers = numbers.data();
     params_.items = items_.data();
     params_.pieces = pieces_.data();
     params_.num_pieces = static_cast<int64_t>(pieces_.size()) - 1;
     run_cpu_kernel(params_, useful_threads(num_threads), optimizer_step_cpu_table);
+  }
+
+  // The same on CUDA, with a table in `memory`, which holds table_size() bytes. Scalars may be
+  // None.
+  void run_cuda(OptimizerTable* table, const Tensor& memory, const py::object& gradient_unscale,
+                const py::object& clip_scale, const py::object& found_inf) {
+    if constexpr (kWithCuda) {
+      Tensor holders[3];
+      OptimizerCudaParams params = cuda_params(memory);
+      params.gradient_unscale = scalar<float>("grad_scale", gradient_unscale, &holders[0], 32);
+      params.clip_scale = scalar<double>("clip_scale", clip_scale, &holders[1], 64);
+      params.found_inf = scalar<float>("found_inf", found_inf, &holders[2], 32);
+      count_steps();
+      if (!items_.empty()) launch_cuda(table, memory, params, optimizer_step_cuda);
+    }
+  }
+
+  // The sum of the squares of all gradients, to the last of `sums` [num_items + 1], float64.
+  void square_sum_on_cuda(OptimizerTable* table, const Tensor& memory, const Tensor& sums) {
+    if constexpr (kWithCuda) {
+      OptimizerCudaParams params = cuda_params(memory);
+      if (!sums.has_type(dlpack::kFloat, 64) || sums.num_elements() != num_items() + 1) {
+        throw py::value_error("square_sum: sums must be num_items + 1 float64");
+      }
+      params.sums = static_cast<double*>(sums.data());
+      if (!items_.empty()) launch_cuda(table, memory, params, square_sum_cuda);
+    }
+  }
+
+  int64_t num_items() {
+    make_cuda_items();
+    return static_cast<int64_t>(items_.size());
+  }
+
+  // What the table takes on the device: what is brought there, and room for the numbers.
+  int64_t table_size() {
+    make_cuda_items();
+    return table_sections().total;
   }
 
  private:
@@ -252,12 +294,42 @@ class OptimizerPlan {
       has_device_ = true;
     }
     return is_float && tensor.device().type == device_.type && tensor.device().id == device_.id &&
-           tensor.is_cpu();
+           (tensor.is_cpu() || (kWithCuda && tensor.is_cuda()));
   }
 
-  static OptimizerHyper hyper_from(const py::tuple& t) {
-    const auto at = [&](int i) { return t[static_cast<size_t>(i)].cast<double>(); };
-    return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
+  // The numbers of a group; lr, beta1 and beta2 may be tensors, on the device too.
+  OptimizerSource source_from(const py::tuple& hyper, uint32_t flags) {
+    OptimizerSource source = {};
+    double numbers[9];
+    const void** pointers[] = {&source.lr_pointer, &source.beta1_pointer, &source.beta2_pointer};
+    DType* types[] = {&source.lr_type, &source.beta1_type, &source.beta2_type};
+    for (size_t i = 0; i < 9; ++i) {
+      const py::object number = hyper[i];
+      Tensor tensor;
+      if (i < 3 && !PyFloat_Check(number.ptr()) && !PyLong_Check(number.ptr()) &&
+          assign(&tensor, number) && tensor.is_cuda()) {
+        *pointers[i] = tensor.data();
+        *types[i] = counted_type("optimizer step: lr and betas", tensor);
+        objects_.push_back(number);
+        numbers[i] = 0;
+      } else {
+        numbers[i] = PyFloat_AsDouble(number.ptr());
+        if (numbers[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
+      }
+    }
+    source.hyper = {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4],
+                    numbers[5], numbers[6], numbers[7], numbers[8]};
+    source.flags = flags;
+    return source;
+  }
+
+  static DType counted_type(const char* name, const Tensor& tensor) {
+    const bool is_double = tensor.has_type(dlpack::kFloat, 64);
+    if (tensor.num_elements() != 1 || (!is_double && !tensor.has_type(dlpack::kFloat, 32))) {
+      throw py::value_error(std::string(name) + " must be one float32 or float64, got " +
+                            text_of(tensor));
+    }
+    return is_double ? DType::kFloat64 : DType::kFloat32;
   }
 
   struct Operand {
@@ -266,7 +338,7 @@ class OptimizerPlan {
   };
 
   Outcome add_tensor(PyObject* parameter, const py::object& grad, PyObject* state,
-                     const py::tuple& names, const OptimizerHyper& hyper, uint32_t flags,
+                     const py::tuple& names, const OptimizerSource& group, uint32_t flags,
                      uint64_t seed, uint32_t index) {
     Tensor views[kNumOptimizerOperands];
     Tensor& p = views[kParameter];
@@ -342,10 +414,10 @@ class OptimizerPlan {
     }
     add_master(&t, &views[kMaster], p, found);
 
-    int64_t step = 0;
-    if (found[kStep] != nullptr) step = take_step(found[kStep]);
-    t.step = step;
-    t.numbers = numbers_index(hyper, flags, step);
+    OptimizerSource source = group;
+    source.flags = flags;
+    if (found[kStep] != nullptr) take_step(found[kStep], p, &source);
+    t.numbers = source_index(source);
 
     add_layout_if_needed(&t, views);
     changed_.append(py::handle(parameter));
@@ -354,6 +426,108 @@ class OptimizerPlan {
     objects_.push_back(py::reinterpret_borrow<py::object>(state != nullptr ? state : Py_None));
     if (t.num_elements != 0) tensors_.push_back(t);
     return Outcome::kAdded;
+  }
+
+  void count_steps() {
+    for (const auto& [pointer, is_double] : steps_) {
+      if (is_double) {
+        *static_cast<double*>(pointer) += 1;
+      } else {
+        *static_cast<float*>(pointer) += 1;
+      }
+    }
+  }
+
+  // Where the parts of the table begin.
+  struct Sections {
+    int64_t sources, tensors, layouts, items, numbers, total;
+  };
+
+  Sections table_sections() const {
+    const auto after = [](int64_t begin, size_t count, size_t size) {
+      return (begin + static_cast<int64_t>(count * size) + 15) / 16 * 16;
+    };
+    Sections at = {};
+    at.tensors = after(0, sources_.size(), sizeof(OptimizerSource));
+    at.layouts = after(at.tensors, tensors_.size(), sizeof(OptimizerTensor));
+    at.items = after(at.layouts, layouts_.size(), sizeof(OptimizerLayout));
+    at.numbers = after(at.items, items_.size(), sizeof(OptimizerItem));
+    at.total = after(at.numbers, sources_.size(), sizeof(OptimizerNumbers<double>));
+    return at;
+  }
+
+  // At most 65536 items, and none smaller than what keeps a block busy.
+  void make_cuda_items() {
+    int64_t elements = 0;
+    for (const OptimizerTensor& t : tensors_) elements += t.num_elements;
+    const int64_t blocks = elements / 65536 / kOptimizerBlock + 1;
+    make_items(std::max<int64_t>(4096, blocks * kOptimizerBlock), true);
+  }
+
+  OptimizerCudaParams cuda_params(const Tensor& memory) {
+    make_cuda_items();
+    const Sections at = table_sections();
+    if (memory.num_elements() < at.total || !memory.has_type(dlpack::kUInt, 8)) {
+      throw py::value_error("optimizer step: the table does not fit into its memory");
+    }
+    char* const base = static_cast<char*>(memory.data());
+    OptimizerCudaParams params = {};
+    params.rule = params_.rule;
+    params.sources = reinterpret_cast<const OptimizerSource*>(base);
+    params.tensors = reinterpret_cast<OptimizerTensor*>(base + at.tensors);
+    params.layouts = reinterpret_cast<const OptimizerLayout*>(base + at.layouts);
+    params.items = reinterpret_cast<const OptimizerItem*>(base + at.items);
+    params.numbers = reinterpret_cast<OptimizerNumbers<double>*>(base + at.numbers);
+    params.num_sources = static_cast<int64_t>(sources_.size());
+    params.num_items = static_cast<int64_t>(items_.size());
+    params.gradient_scale = gradient_scale_;
+    params.write_gradient = params_.write_gradient;
+    for (const OptimizerTensor& t : tensors_) {
+      params.is_double = params.is_double || t.dtypes[kParameter] == DType::kFloat64;
+    }
+    return params;
+  }
+
+  template <typename T>
+  const T* scalar(const char* name, const py::object& object, Tensor* holder, int bits) {
+    if (object.is_none()) return nullptr;
+    if (!assign(holder, object) || holder->num_elements() != 1 ||
+        !holder->has_type(dlpack::kFloat, bits) || holder->device().type != device_.type) {
+      throw py::value_error(std::string("optimizer step: ") + name + " must be one float" +
+                            std::to_string(bits) + " with the parameters, got " + text_of(*holder));
+    }
+    return static_cast<const T*>(holder->data());
+  }
+
+  void launch_cuda(OptimizerTable* table, const Tensor& memory, const OptimizerCudaParams& params,
+                   const char* (*launcher)(const OptimizerCudaParams&, void*)) {
+    const Sections at = table_sections();
+    std::vector<char> bytes(static_cast<size_t>(at.numbers));
+    const auto put = [&](int64_t begin, const auto& items) {
+      if (!items.empty())
+        memcpy(&bytes[static_cast<size_t>(begin)], items.data(), items.size() * sizeof items[0]);
+    };
+    put(at.sources, sources_);
+    put(at.tensors, tensors_);
+    put(at.layouts, layouts_);
+    put(at.items, items_);
+    const char* before = table->bytes.size() == bytes.size() && table->memory == memory.data()
+                             ? table->bytes.data()
+                             : nullptr;
+    void* stream = kEmulateCuda ? nullptr : memory.current_stream();
+    const OptimizerUploadParams upload = {static_cast<char*>(memory.data()), bytes.data(), before,
+                                          at.numbers};
+    const char* error = nullptr;
+    {
+      py::gil_scoped_release release;
+      const CudaDeviceGuard guard(memory.device().id);
+      error = guard.error();
+      if (error == nullptr) error = optimizer_upload_cuda(upload, stream);
+      if (error == nullptr) error = launcher(params, stream);
+    }
+    if (error != nullptr) throw_kernel_error("optimizer step", error);
+    table->bytes = std::move(bytes);
+    table->memory = memory.data();
   }
 
   static void set_operand(OptimizerTensor* t, int operand, const Tensor& tensor, DType dtype) {
@@ -382,36 +556,33 @@ class OptimizerPlan {
     set_operand(t, kMaster, *master, DType::kFloat32);
   }
 
-  // The count after this step; the tensor itself changes when the step is made.
-  int64_t take_step(PyObject* object) {
+  // On the CPU: the count after this step; the tensor itself changes when the step is made.
+  void take_step(PyObject* object, const Tensor& p, OptimizerSource* source) {
     Tensor tensor;
-    if (!tensor.assign(object) || tensor.num_elements() != 1 || !tensor.is_cpu()) {
-      throw py::value_error("optimizer step: step must be one number on the CPU, got " +
+    const bool is_tensor = assign(&tensor, object);
+    if (!is_tensor || !(tensor.is_cpu() || tensor.device().type == p.device().type)) {
+      throw py::value_error("optimizer step: step must be on the CPU or with its parameter, got " +
                             text_of(tensor));
     }
-    const bool is_double = tensor.has_type(dlpack::kFloat, 64);
-    if (!is_double && !tensor.has_type(dlpack::kFloat, 32)) {
-      throw py::value_error("optimizer step: step must be float32 or float64, got " +
-                            text_of(tensor));
+    const DType type = counted_type("optimizer step: step", tensor);
+    if (!tensor.is_cpu()) {
+      source->step_pointer = tensor.data();
+      source->step_type = type;
+      return;
     }
+    const bool is_double = type == DType::kFloat64;
     steps_.emplace_back(tensor.data(), is_double);
     const double value =
         is_double ? *static_cast<double*>(tensor.data()) : *static_cast<float*>(tensor.data());
-    return static_cast<int64_t>(value) + 1;
+    source->step = static_cast<int64_t>(value) + 1;
   }
 
-  // Neighbours in a group share their numbers.
-  int32_t numbers_index(const OptimizerHyper& hyper, uint32_t flags, int64_t step) {
-    const bool known = !numbers_.empty() && step == last_step_ && flags == last_flags_ &&
-                       memcmp(&hyper, &last_hyper_, sizeof hyper) == 0;
-    if (!known) {
-      numbers_.push_back(base::optimizer_numbers(
-          params_.rule, hyper, flags, static_cast<double>(step), gradient_scale_, clip_scale_));
-      last_hyper_ = hyper;
-      last_flags_ = flags;
-      last_step_ = step;
+  // Neighbours in a group share their source.
+  int32_t source_index(const OptimizerSource& source) {
+    if (sources_.empty() || memcmp(&source, &sources_.back(), sizeof source) != 0) {
+      sources_.push_back(source);
     }
-    return static_cast<int32_t>(numbers_.size()) - 1;
+    return static_cast<int32_t>(sources_.size()) - 1;
   }
 
   // Random bits and int8 codes go by the row-major index; otherwise any order of memory will do, if
@@ -460,16 +631,18 @@ class OptimizerPlan {
     layouts_.push_back(layout);
   }
 
-  // Pieces are cut where a count of elements over all tensors is full, at blocks of a tensor.
-  void make_items() {
+  // Pieces are cut where a count of elements over all tensors is full, at blocks of a tensor; with
+  // `apart`, which is for CUDA, no item is larger than a piece, wherever that began.
+  void make_items(int64_t piece_elements, bool apart = false) {
     items_.clear();
     pieces_.assign(1, 0);
     total_elements_ = 0;
-    int64_t room = kPieceElements;
+    int64_t room = piece_elements;
     for (size_t i = 0; i < tensors_.size(); ++i) {
       const int64_t size = tensors_[i].num_elements;
       total_elements_ += size;
       for (int64_t begin = 0; begin < size;) {
+        if (apart) room = piece_elements;
         const int64_t blocks = (room + kOptimizerBlock - 1) / kOptimizerBlock;
         const int64_t count = std::min(size - begin, blocks * kOptimizerBlock);
         items_.push_back({static_cast<int32_t>(i), static_cast<int32_t>(count), begin});
@@ -477,7 +650,7 @@ class OptimizerPlan {
         room -= count;
         if (room <= 0) {
           pieces_.push_back(static_cast<int64_t>(items_.size()));
-          room = kPieceElements;
+          room = piece_elements;
         }
       }
     }
@@ -492,16 +665,13 @@ class OptimizerPlan {
 
   OptimizerStepParams params_ = {};
   double gradient_scale_, clip_scale_;
-  OptimizerHyper last_hyper_ = {};
-  uint32_t last_flags_ = 0;
-  int64_t last_step_ = -1;
   int64_t total_elements_ = 0;
   bool has_device_ = false;
   dlpack::Device device_ = {};
   std::unique_ptr<StateLookup> lookup_;
   std::vector<OptimizerTensor> tensors_;
   std::vector<OptimizerLayout> layouts_;
-  std::vector<OptimizerNumbers<double>> numbers_;
+  std::vector<OptimizerSource> sources_;
   std::vector<OptimizerItem> items_;
   std::vector<int64_t> pieces_;
   std::vector<std::pair<void*, bool>> steps_;
@@ -512,13 +682,18 @@ class OptimizerPlan {
 }  // namespace
 
 void bind_optimizer_step(py::module_& m) {
+  py::class_<OptimizerTable>(m, "OptimizerTable").def(py::init<>());
   py::class_<OptimizerPlan>(m, "OptimizerPlan")
       .def(py::init<int, double, double, bool>())
       .def("add_group", &OptimizerPlan::add_group)
       .def("add_gradients", &OptimizerPlan::add_gradients)
       .def("square_sum", &OptimizerPlan::square_sum)
       .def("changed", &OptimizerPlan::changed)
-      .def("run", &OptimizerPlan::run);
+      .def("run", &OptimizerPlan::run)
+      .def("run_cuda", &OptimizerPlan::run_cuda)
+      .def("square_sum_on_cuda", &OptimizerPlan::square_sum_on_cuda)
+      .def("num_items", &OptimizerPlan::num_items)
+      .def("table_size", &OptimizerPlan::table_size);
 }
 
 }  // namespace pyfast

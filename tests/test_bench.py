@@ -39,8 +39,8 @@ SMALL_SHAPES = {1: (1021,), 2: (67, 40), 3: (2, 5, 24), 4: (5, 7, 3, 2)}
 
 
 def _small_cases() -> list[Case]:
-    """Every computation, dtype and pass that is measured, at a small size."""
-    every = [case for cases in _bench._load_cases().values() for case in cases]
+    """Every computation, dtype and pass that is measured, at a small size; not of optimizers."""
+    every = [c for cases in _bench._load_cases().values() for c in cases if isinstance(c, Case)]
     small = [replace(case, shape=SMALL_SHAPES[len(case.shape)]) for case in every]
     return list({str(case): case for case in small}.values())
 

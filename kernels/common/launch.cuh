@@ -96,7 +96,7 @@ __device__ __forceinline__ int count8(int64_t first, int64_t size) {
   return size - first >= 8 ? 8 : static_cast<int>(size - first);
 }
 
-inline bool is_aligned16(const void* pointer) {
+PYFAST_HD bool is_aligned16(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;  // null is
 }
 

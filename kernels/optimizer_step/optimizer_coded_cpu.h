@@ -15,7 +15,7 @@ class CodedBlocks {
         numbers_(params.numbers[t.numbers]),
         rounded_(rounded_numbers<V>(numbers_)),
         write_gradient_(params.write_gradient),
-        salt_(optimizer_random(t.seed, static_cast<uint64_t>(t.step), t.index).salt) {}
+        salt_(optimizer_random(t.seed, static_cast<uint64_t>(numbers_.step), t.index).salt) {}
 
   void run(int64_t begin, int64_t num_blocks) {
     for (int64_t i = 0; i < num_blocks; ++i) {

@@ -25,10 +25,12 @@ PYFAST_HD double blend_weight(double weight, bool* from_end) {
   return *from_end ? 1 - weight : weight;
 }
 
-// `step` counts the step that is being made: 1 is the first.
-PYFAST_HD OptimizerNumbers<double> optimizer_numbers(OptimizerRule rule, const OptimizerHyper& h,
-                                                     uint32_t flags, double step,
+PYFAST_HD OptimizerNumbers<double> optimizer_numbers(OptimizerRule rule,
+                                                     const OptimizerSource& source,
                                                      double gradient_scale, double clip_scale) {
+  const OptimizerHyper& h = source.hyper;
+  const uint32_t flags = source.flags;
+  const double step = static_cast<double>(source.step);
   OptimizerNumbers<double> n = {};
   n.gradient_scale = gradient_scale;
   n.clip_scale = flags & kMaximize ? -clip_scale : clip_scale;
@@ -55,6 +57,7 @@ PYFAST_HD OptimizerNumbers<double> optimizer_numbers(OptimizerRule rule, const O
   n.centered = flags & kCentered;
   n.has_momentum = h.momentum != 0;
   n.is_first = flags & kFirstStep;
+  n.step = source.step;
   n.has_scale = n.gradient_scale != 1 || n.clip_scale != 1;
   n.has_l2 = n.l2 != 0;
   n.has_l1 = n.l1 != 0;
@@ -91,6 +94,7 @@ PYFAST_HD OptimizerNumbers<V> rounded_numbers(const OptimizerNumbers<double>& n)
   out.centered = n.centered;
   out.has_momentum = n.has_momentum;
   out.is_first = n.is_first;
+  out.step = n.step;
   out.has_scale = n.has_scale;
   out.has_l2 = n.has_l2;
   out.has_l1 = n.has_l1;

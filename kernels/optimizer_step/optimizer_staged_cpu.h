@@ -44,7 +44,7 @@ class StagedItem {
         numbers_(params.numbers[t.numbers]),
         layout_(t.layout < 0 ? nullptr : &params.layouts[t.layout]) {
     if (t.int8_states || t.flags & kStochasticRounding) {
-      random_ = optimizer_random(t.seed, static_cast<uint64_t>(t.step), t.index);
+      random_ = optimizer_random(t.seed, static_cast<uint64_t>(numbers_.step), t.index);
     }
   }
 

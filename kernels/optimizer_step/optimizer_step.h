@@ -48,8 +48,21 @@ struct OptimizerHyper {
   double lr, beta1, beta2, eps, weight_decay, momentum, dampening, l1, ema_decay;
 };
 
-// The numbers of a tensor at one step, made of those of its group and the step count by
-// optimizer_numbers(): in double, or rounded to scalars or vectors of the type it is computed in.
+// What the numbers of tensors that share a group and a step count are made of. A pointer, into the
+// memory of the device, overrides the number beside it.
+struct OptimizerSource {
+  OptimizerHyper hyper;
+  int64_t step;        // the one that is being made; the first is 1
+  void* step_pointer;  // what has been counted so far; the CUDA kernel counts on
+  const void* lr_pointer;
+  const void* beta1_pointer;
+  const void* beta2_pointer;
+  DType step_type, lr_type, beta1_type, beta2_type;  // of the pointers: float32 or float64
+  uint32_t flags;
+};
+
+// The numbers of a tensor at one step, made of a source by optimizer_numbers(): in double, or
+// rounded to scalars or vectors of the type that the tensor is computed in.
 template <typename V>
 struct OptimizerNumbers {
   V gradient_scale, clip_scale;  // the sign of clip_scale is that of maximize
@@ -58,6 +71,7 @@ struct OptimizerNumbers {
   bool weight1_from_end, weight2_from_end, ema_from_end;
   bool amsgrad, nesterov, centered, has_momentum, is_first;
   bool has_scale, has_l2, has_l1, has_threshold;
+  int64_t step;
 };
 
 // One tensor. All operands but the codes of int8 states have the shape of the parameter.
@@ -66,7 +80,6 @@ struct OptimizerTensor {
   float* scales[kMaxOptimizerStates];     // of int8 states: [ceil(num_elements / 256)]
   int64_t num_elements;
   uint64_t seed;  // of stochastic rounding and of the dither of int8 states
-  int64_t step;   // the one that is being made; the first is 1
   DType dtypes[kNumOptimizerOperands];
   uint32_t flags;
   int32_t numbers;  // index
@@ -111,6 +124,37 @@ struct SquareSumParams {
   double* sums;  // [num_pieces]
 };
 
+// The CUDA kernels take one table, a copy of which is kept on the device.
+struct OptimizerCudaParams {
+  OptimizerRule rule;
+  OptimizerTensor* tensors;
+  const OptimizerLayout* layouts;
+  const OptimizerSource* sources;
+  OptimizerNumbers<double>* numbers;  // of each source: written by a first small kernel
+  const OptimizerItem* items;
+  int64_t num_sources;
+  int64_t num_items;
+  double gradient_scale;
+  const float* gradient_unscale;  // the gradient is divided by it; may be null
+  const double* clip_scale;       // may be null
+  const float* found_inf;         // the step is left out where it is not zero; may be null
+  bool write_gradient;
+  bool is_double;  // whether there are float64 parameters among the tensors
+  double* sums;    // of the squares of each item, then of all: square_sum_cuda alone
+};
+
+// Brings `size` bytes to the device as arguments of kernels, those alone that differ from `before`:
+// graphs capture that, and nothing waits.
+struct OptimizerUploadParams {
+  char* to;
+  const char* from;
+  const char* before;  // null: bring all
+  int64_t size;
+};
+
+PYFAST_CUDA_KERNEL(optimizer_step_cuda, OptimizerCudaParams);
+PYFAST_CUDA_KERNEL(square_sum_cuda, OptimizerCudaParams);
+PYFAST_CUDA_KERNEL(optimizer_upload_cuda, OptimizerUploadParams);
 PYFAST_CPU_KERNEL(optimizer_step_cpu, OptimizerStepParams);
 PYFAST_CPU_KERNEL(square_sum_cpu, SquareSumParams);
 

@@ -1,4 +1,5 @@
-"""``python -m pyfast demo``: a stock GPT against the same GPT after ``pyfast.patch``, on real text.
+"""``python -m pyfast demo``: a stock GPT with torch's optimizer against the same GPT after
+``pyfast.patch`` and ``pyfast.patch_optimizer``, on real text.
 
 Both learn the same bytes from the same initial weights, step by step in turns. The demo shows that
 they learn equally well, and which is faster.

@@ -15,8 +15,10 @@ from matplotlib.figure import Figure
 from .report import (
     Results,
     agreement_text,
+    change_text,
     comparison_rows,
     describe,
+    optimizer_text,
     patch_rows,
     speed_text,
 )
@@ -71,7 +73,7 @@ def _page(results: Results) -> str:
 </head>
 <body>
 <main>
-<h1>pyfast.patch(model)</h1>
+<h1>{escape(change_text(results.options))}</h1>
 <p>{escape(model)}</p>
 <p>{escape(text)}</p>
 <div class="verdict">{_verdict(results)}</div>
@@ -82,6 +84,7 @@ def _page(results: Results) -> str:
 </div>
 <h2>Figures</h2>
 <div class="card figures">{figures}</div>
+<p>Optimizer: {escape(optimizer_text(results))}.</p>
 <p>{escape(speed_text(comparison).capitalize())}.</p>
 <p>{escape(agreement_text(comparison).capitalize())}.</p>
 <h2>What pyfast.patch did</h2>

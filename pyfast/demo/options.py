@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STATE_DTYPES = ("float32", "bfloat16", "int8")
 MIN_STEPS = 5
 
 
@@ -30,6 +31,7 @@ class Options:
     batch: int = 8
     device: str = "cpu"
     dtype: str = "float32"
+    state_dtype: str | None = None
     seed: int = 0
     text: Path | None = None
     out: Path = Path("report")
@@ -57,6 +59,9 @@ class Options:
             raise UsageError("--device must be cpu here, got cuda: torch sees no CUDA device")
         if self.dtype not in DTYPES:
             raise UsageError(f"--dtype must be {' or '.join(DTYPES)}, got {self.dtype}")
+        if self.state_dtype not in (None, *STATE_DTYPES):
+            names = f"{', '.join(STATE_DTYPES[:-1])} or {STATE_DTYPES[-1]}"
+            raise UsageError(f"--state-dtype must be {names}, got {self.state_dtype}")
         folder = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UsageError(f"--out must be a folder that can be written, got {self.out}")
@@ -67,7 +72,7 @@ class Options:
         for field in fields(self):
             value = getattr(self, field.name)
             if value != field.default:
-                words += [f"--{field.name}", str(value)]
+                words += [f"--{field.name.replace('_', '-')}", str(value)]
         return shlex.join(words)
 
 
@@ -92,6 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default=Options.dtype,
         help="float32, or bfloat16 through torch.autocast (default: float32)",
+    )
+    parser.add_argument(
+        "--state-dtype",
+        default=Options.state_dtype,
+        help="how the optimizer of the patched model stores its states: float32, bfloat16 or int8 "
+        "(default: as torch does)",
     )
     parser.add_argument(
         "--text",

@@ -85,6 +85,31 @@ def describe(corpus: Corpus, parameters: int, options: Options) -> tuple[str, st
     return text, model
 
 
+def change_text(options: Options) -> str:
+    """What makes the patched run of the stock one."""
+    optimizer = "pyfast.patch_optimizer(optimizer)"
+    if options.state_dtype is not None:
+        optimizer = f'pyfast.optim.AdamW(..., state_dtype="{options.state_dtype}")'
+    return f"pyfast.patch(model), {optimizer}"
+
+
+def optimizers(results: Results) -> dict[str, str]:
+    """The class of each run's optimizer, as users write it."""
+    found = {}
+    for run in results.runs:
+        kind = type(run.optimizer)
+        package = kind.__module__.rpartition(".")[0]
+        found[run.name] = f"{package}.{kind.__name__}"
+    return found
+
+
+def optimizer_text(results: Results) -> str:
+    """The optimizers in one line."""
+    names = ", ".join(f"{name} {kind}" for name, kind in optimizers(results).items())
+    state_dtype = results.options.state_dtype
+    return names if state_dtype is None else f"{names} with {state_dtype} states"
+
+
 def comparison_rows(comparison: Comparison) -> list[tuple[str, str, str, str]]:
     """Rows of (what, stock, patched, patched against stock)."""
     stock, patched = comparison.stock, comparison.patched
@@ -145,7 +170,7 @@ def print_introduction(options: Options, corpus: Corpus, parameters: int, consol
     """What is about to be trained, and on what."""
     for label, line in zip(("Text", "Model"), describe(corpus, parameters, options), strict=True):
         console.print(f"[bold]{label}:[/]", Text(line))
-    console.print("[bold]Change:[/] pyfast.patch(model)\n")
+    console.print("[bold]Change:[/]", Text(change_text(options)), "\n")
 
 
 def print_results(results: Results, console: Console) -> None:
@@ -157,6 +182,7 @@ def print_results(results: Results, console: Console) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
+    console.print("[bold]Optimizer:[/]", Text(optimizer_text(results)))
     console.print(f"[bold]Speed:[/] {speed_text(comparison)}")
     console.print(f"[bold]Check:[/] {agreement_text(comparison)}")
     for problem in comparison.problems:
@@ -182,6 +208,7 @@ def write_json(results: Results, path: Path) -> None:
         "environment": results.environment,
         "text": results.corpus.source,
         "parameters": results.parameters,
+        "optimizers": optimizers(results),
         "passed": not results.comparison.problems,
         "comparison": asdict(results.comparison),
         "patch": [

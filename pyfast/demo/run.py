@@ -17,7 +17,7 @@ from .html_report import write_html
 from .model import GPT
 from .options import Options
 from .report import Results, environment, print_introduction, print_results, write_json
-from .training import Run, evaluate, make_run, measure_memory, train
+from .training import LEARNING_RATE, Run, evaluate, make_run, measure_memory, train
 
 PROMPT = b"def "
 SAMPLE_LENGTH = 300
@@ -47,6 +47,7 @@ def _run(options: Options, corpus: Corpus, console: Console) -> Results:
     parameters = sum(parameter.numel() for parameter in stock.parameters())
     print_introduction(options, corpus, parameters, console)
     runs = make_run("stock", stock), make_run("patched", patched)
+    _replace_optimizer(runs[1], options.state_dtype)
     with _progress(console) as progress:
         _train(runs, corpus, options, progress)
     for run in runs:
@@ -62,6 +63,15 @@ def _run(options: Options, corpus: Corpus, console: Console) -> Results:
         sample=patched.sample(PROMPT, SAMPLE_LENGTH, options.seed),
         environment=environment(options.device),
     )
+
+
+def _replace_optimizer(run: Run, state_dtype: str | None) -> None:
+    if state_dtype is None:
+        pyfast.patch_optimizer(run.optimizer)
+    else:
+        run.optimizer = pyfast.optim.AdamW(
+            run.model.parameters(), LEARNING_RATE, state_dtype=state_dtype
+        )
 
 
 def _progress(console: Console) -> Progress:
