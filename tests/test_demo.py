@@ -18,6 +18,7 @@ import torch
 
 import pyfast
 from pyfast import demo
+from pyfast.demo import run as course
 from pyfast.demo import training
 from pyfast.demo.comparison import TRAINING_NOISE, compare
 from pyfast.demo.data import Corpus, load_corpus, random_windows, spaced_windows
@@ -39,8 +40,8 @@ SIZES = {
 def run_demo(**options: object) -> int:
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return demo.main(parser.parse_args(words))
+    pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in options.items())
+    return demo.main(parser.parse_args([word for pair in pairs for word in pair]))
 
 
 def read_json(folder: Path) -> dict[str, Any]:
@@ -117,6 +118,37 @@ def test_patched_modules_are_listed(finished: Path) -> None:
     layers = [e["path"] for e in entries if e["to"] == "pyfast.nn.TransformerEncoderLayer"]
     assert layers == [f"blocks.{layer}" for layer in range(LAYERS)]
     assert not [entry for entry in entries if entry["to"] is None]
+
+
+def test_optimizers_are_named(finished: Path) -> None:
+    names = {"stock": "torch.optim.AdamW", "patched": "pyfast.optim.AdamW"}
+    assert read_json(finished)["optimizers"] == names
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "Optimizer: stock torch.optim.AdamW, patched pyfast.optim.AdamW.</p>" in page
+    assert "pyfast.patch(model), pyfast.patch_optimizer(optimizer)" in page
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("int8", torch.uint8), ("bfloat16", torch.bfloat16)])
+def test_state_dtype(
+    name: str, dtype: torch.dtype, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[Run] = []
+    monkeypatch.setattr(course, "compare", lambda *a: runs.extend(a[:2]) or compare(*a))
+    assert run_demo(text=text, out=tmp_path, state_dtype=name, **SIZES) == 0
+    found = [{state["exp_avg"].dtype for state in run.optimizer.state.values()} for run in runs]
+    assert found == [{torch.float32}, {dtype}]
+    assert f"--state-dtype {name}" in read_json(tmp_path)["command"]
+    assert f"AdamW with {name} states" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_broken_optimizer_fails(
+    finished: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pyfast.optim.AdamW, "step", lambda self: None)
+    assert run_demo(text=text, out=tmp_path, **SIZES) == 1
+    assert "held-out losses differ" in read_json(tmp_path)["comparison"]["problems"][-1]
+    losses = [read_json(f)["curves"]["stock"]["training_loss"] for f in (tmp_path, finished)]
+    assert losses[0] == losses[1]
 
 
 def test_report_repeats_the_command_and_names_the_machine(finished: Path, text: Path) -> None:
@@ -321,6 +353,7 @@ def test_windows_stay_in_the_text() -> None:
         ({"seed": -1}, "--seed must be at least 0, got -1"),
         ({"device": "tpu"}, "--device must be cpu or cuda, got tpu"),
         ({"dtype": "float16"}, "--dtype must be float32 or bfloat16, got float16"),
+        ({"state_dtype": "int4"}, "--state-dtype must be float32, bfloat16 or int8, got int4"),
         ({"out": "short"}, "--out must be a folder that can be written, got short"),
         ({"out": "short/report"}, "--out must be a folder that can be written, got short/report"),
     ],

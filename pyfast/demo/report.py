@@ -170,7 +170,7 @@ def print_introduction(options: Options, corpus: Corpus, parameters: int, consol
     """What is about to be trained, and on what."""
     for label, line in zip(("Text", "Model"), describe(corpus, parameters, options), strict=True):
         console.print(f"[bold]{label}:[/]", Text(line))
-    console.print("[bold]Change:[/]", Text(change_text(options)), "\n")
+    console.print("[bold]Change:[/]", Text(change_text(options)), end="\n\n")
 
 
 def print_results(results: Results, console: Console) -> None:

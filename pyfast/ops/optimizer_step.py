@@ -69,12 +69,45 @@ class Group:
 
 @dataclass
 class Scaling:
-    """What gradients are multiplied by: first ``gradient``, then ``clip``. ``write``: the product
-    with the first is written back."""
+    """What gradients are multiplied by. Tensors are scalars on the device of the parameters.
 
-    gradient: float = 1.0
-    clip: float = 1.0
-    write: bool = False
+    Attributes:
+        unscale: gradients are divided by it, float32, and written back so.
+        clip: then they are multiplied by it, float64.
+        found_inf: the step is left out where it is not zero, float32.
+    """
+
+    unscale: Tensor | None = None
+    clip: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def numbers(self) -> tuple[float, float, bool]:
+        """The factors, and whether gradients are written."""
+        gradient = 1.0 if self.unscale is None else 1.0 / float(self.unscale)
+        clip = 1.0 if self.clip is None else float(self.clip)
+        return gradient, clip, self.unscale is not None
+
+
+class Workspace:
+    """Memory on the device for the tables of steps, kept from one step to the next."""
+
+    def __init__(self) -> None:
+        self._table: Any = None
+        self._memory: Tensor | None = None
+        self._captured: list[Tensor] = []
+
+    def get(self, size: int, like: Tensor) -> tuple[Any, Tensor]:
+        """The native table, and its memory on the device of ``like``. A step that is captured into
+        a graph has its own, which later steps do not touch."""
+        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+            memory = torch.empty(size, dtype=torch.uint8, device=like.device)
+            self._captured.append(memory)
+            return native.OptimizerTable(), memory
+        memory_now = self._memory
+        if memory_now is None or memory_now.numel() < size or memory_now.device != like.device:
+            memory_now = torch.empty(size + size // 4, dtype=torch.uint8, device=like.device)
+            self._table, self._memory = native.OptimizerTable(), memory_now
+        return self._table, memory_now
 
 
 @dataclass
@@ -87,18 +120,17 @@ class Missing:
         return any(self.positions)
 
 
-def _plan(rule: Rule, groups: Sequence[Group], scaling: Scaling) -> Any:
+def _plan(rule: Rule, groups: Sequence[Group], numbers: tuple[float, float, bool]) -> Any:
     """The native plan, the states that are missing for it, or None for what it cannot take."""
-    plan = native.OptimizerPlan(int(rule), scaling.gradient, scaling.clip, scaling.write)
+    plan = native.OptimizerPlan(int(rule), *numbers)
     missing = Missing()
     for group in groups:
-        hyper = tuple(float(number) for number in group.hyper)
         found = plan.add_group(
             group.params,
             group.grads,
             group.states,
             group.names,
-            hyper,
+            tuple(group.hyper),
             int(group.flags),
             group.seed & 0xFFFFFFFFFFFFFFFF,
             group.first_index,
@@ -112,12 +144,23 @@ def _plan(rule: Rule, groups: Sequence[Group], scaling: Scaling) -> Any:
     return missing or plan
 
 
-def _step_native(rule: Rule, groups: Sequence[Group], scaling: Scaling) -> Any:
-    plan = _plan(rule, groups, scaling)
+def _step_cpu(rule: Rule, groups: Sequence[Group], scaling: Scaling, _: Workspace) -> Any:
+    plan = _plan(rule, groups, scaling.numbers())
     if plan is not None and not isinstance(plan, Missing):
         plan.run(get_num_threads())
         # Autograd must see that they have changed.
         torch._C._increment_version(plan.changed())
+    return plan
+
+
+def _step_cuda(rule: Rule, groups: Sequence[Group], scaling: Scaling, workspace: Workspace) -> Any:
+    plan = _plan(rule, groups, (1.0, 1.0, scaling.unscale is not None))
+    if plan is not None and not isinstance(plan, Missing):
+        changed = plan.changed()
+        if changed:
+            table, memory = workspace.get(plan.table_size(), changed[0])
+            plan.run_cuda(table, memory, scaling.unscale, scaling.clip, scaling.found_inf)
+            torch._C._increment_version(changed)
     return plan
 
 
@@ -203,7 +246,7 @@ def _check_item(item: Item, names: tuple[str | None, ...], found: list[Any]) -> 
             )
 
 
-def _step_reference(rule: Rule, groups: Sequence[Group], scaling: Scaling) -> Any:
+def _step_reference(rule: Rule, groups: Sequence[Group], scaling: Scaling, _: Workspace) -> Any:
     found = _items(groups)
     if found is None:
         return None
@@ -212,12 +255,13 @@ def _step_reference(rule: Rule, groups: Sequence[Group], scaling: Scaling) -> An
         return missing
     for step in steps:
         step += 1
-    with torch.no_grad():
-        optimizer_step_reference(rule, items, scaling.gradient, scaling.clip, scaling.write)
+    optimizer_step_reference(rule, items, *scaling.numbers())
     return True
 
 
-_optimizer_step = ListOp("optimizer_step", {"cpu": _step_native, "reference": _step_reference})
+_optimizer_step = ListOp(
+    "optimizer_step", {"cpu": _step_cpu, "cuda": _step_cuda, "reference": _step_reference}
+)
 
 
 def optimizer_step(
@@ -225,6 +269,7 @@ def optimizer_step(
     groups: Sequence[Group],
     like: Tensor,
     scaling: Scaling | None = None,
+    workspace: Workspace | None = None,
 ) -> Missing | None:
     """Step the tensors of all groups in place, in one pass.
 
@@ -233,6 +278,7 @@ def optimizer_step(
         groups: see :class:`Group`.
         like: one of the parameters; its device decides on the backend.
         scaling: of the gradients.
+        workspace: of an optimizer, to be used again.
 
     Returns:
         Where states are missing, which, and nothing has been done; else an empty ``Missing``. None
@@ -240,7 +286,7 @@ def optimizer_step(
         dtypes; nothing has been done then.
     """
     kernel = _optimizer_step.kernels[_optimizer_step.backend_of(like)]
-    done = kernel(rule, groups, scaling or Scaling())
+    done = kernel(rule, groups, scaling or Scaling(), workspace or Workspace())
     if done is None or isinstance(done, Missing):
         return done
     return Missing()
@@ -249,24 +295,33 @@ def optimizer_step(
 def square_sum(grads: list[Tensor]) -> Tensor:
     """The sum of the squares of all elements, in float64, on the device of the gradients."""
     like = grads[0]
-    if _optimizer_step.backend_of(like) == "cpu":
-        plan = native.OptimizerPlan(0, 1.0, 1.0, False)
+    backend = _optimizer_step.backend_of(like)
+    if backend in ("cpu", "cuda"):
+        plan = native.OptimizerPlan(int(Rule.NONE), 1.0, 1.0, False)
         if plan.add_gradients(grads, PLAIN_TYPES):
-            return torch.tensor(plan.square_sum(get_num_threads()), dtype=torch.float64)
-    return sum(
-        (grad.double().square().sum() for grad in grads),
-        torch.zeros((), dtype=torch.float64, device=like.device),
-    )
+            if backend == "cpu":
+                return torch.tensor(plan.square_sum(get_num_threads()), dtype=torch.float64)
+            table, memory = Workspace().get(plan.table_size(), like)
+            sums = torch.zeros(plan.num_items() + 1, dtype=torch.float64, device=like.device)
+            plan.square_sum_on_cuda(table, memory, sums)
+            return sums[-1]
+    return torch.stack([grad.double().square().sum() for grad in grads]).sum()
 
 
-def scale(grads: list[Tensor], factor: float) -> None:
-    """Multiply every gradient in place."""
+def scale(grads: list[Tensor], divisor: Tensor) -> None:
+    """Divide every gradient in place by a float32 scalar on its device."""
     like = grads[0]
-    if _optimizer_step.backend_of(like) == "cpu":
-        plan = native.OptimizerPlan(0, factor, 1.0, True)
+    backend = _optimizer_step.backend_of(like)
+    if backend in ("cpu", "cuda"):
+        factor = 1.0 / float(divisor) if backend == "cpu" else 1.0
+        plan = native.OptimizerPlan(int(Rule.NONE), factor, 1.0, True)
         if plan.add_gradients(grads, PLAIN_TYPES):
-            plan.run(get_num_threads())
+            if backend == "cpu":
+                plan.run(get_num_threads())
+            else:
+                table, memory = Workspace().get(plan.table_size(), like)
+                plan.run_cuda(table, memory, divisor, None, None)
             torch._C._increment_version(plan.changed())
             return
     for grad in grads:
-        grad.mul_(factor)
+        grad.div_(divisor)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _random
-from ..ops.optimizer_step import Group, Hyper, Rule, Scaling, is_plain, optimizer_step
+from ..ops.optimizer_step import Group, Hyper, Rule, Scaling, Workspace, is_plain, optimizer_step
 from . import _extras
 from ._distributed import is_dtensor, local, total_norm
 
@@ -33,6 +33,7 @@ class FusedOptimizer(Optimizer):
     _grad_norm: Tensor | None = None
     _loading: dict[str, Any] | None = None
     _others: bool | None = None
+    _kept: Workspace | None = None
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str | None, ...]:
         """The keys of the three states, None for one that the group does not need."""
@@ -153,18 +154,17 @@ class FusedOptimizer(Optimizer):
 
     def _step(self) -> None:
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item():
-            self._zero_gradients()
-            return
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        scaling = Scaling()
-        if grad_scale is not None:
-            scaling = Scaling(gradient=1.0 / float(grad_scale), write=True)
+        if found_inf is not None and not self._counts_on_device():
+            if found_inf.item():
+                self._zero_gradients()
+                return
+            found_inf = None
+        scaling = Scaling(getattr(self, "grad_scale", None), found_inf=found_inf)
         groups = [self._group(group, first) for group, first in self._with_first_index()]
         parts = self._parts(groups) if self._has_other_parameters() else None
         max_norm = self.param_groups[0].get("max_grad_norm")
         if max_norm is not None:
-            scaling.clip = self._clip_scale(max_norm, scaling.gradient)
+            scaling.clip = self._clip_scale(max_norm, scaling.unscale)
         if parts is None:
             like = next((p for group in groups for p in group.params), None)
             if like is None or self._step_groups(groups, like, scaling):
@@ -189,6 +189,12 @@ class FusedOptimizer(Optimizer):
                 for group in self.param_groups
             )
         return self._others
+
+    @property
+    def _workspace(self) -> Workspace:
+        if self._kept is None:
+            self._kept = Workspace()
+        return self._kept
 
     def _device(self) -> torch.device:
         return next(p.device for group in self.param_groups for p in group["params"])
@@ -238,7 +244,7 @@ class FusedOptimizer(Optimizer):
     def _step_groups(self, groups: list[Group], like: Tensor | None, scaling: Scaling) -> bool:
         """Step plain tensors on one device; False, with nothing done, if that is not what the
         groups are."""
-        missing = optimizer_step(self._rule, groups, like, scaling)
+        missing = optimizer_step(self._rule, groups, like, scaling, self._workspace)
         if not missing:
             return missing is not None
         created: list[tuple[Tensor, str]] = []
@@ -248,7 +254,7 @@ class FusedOptimizer(Optimizer):
             ):
                 if positions:
                     group.fresh = self._init_states(group, source, positions, created)
-            return optimizer_step(self._rule, groups, like, scaling) is not None
+            return optimizer_step(self._rule, groups, like, scaling, self._workspace) is not None
         except Exception:
             for p, name in created:
                 del self.state[p][name]
@@ -290,13 +296,21 @@ class FusedOptimizer(Optimizer):
                         group.states[position][name] = local(tensor)
         return fresh
 
-    def _clip_scale(self, max_norm: float, gradient_scale: float) -> float:
+    def _clip_scale(self, max_norm: float, unscale: Tensor | None) -> Tensor:
         grads = [
             p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
         ]
-        norm = total_norm(grads) * gradient_scale
+        norm = total_norm(grads)
+        if unscale is not None:
+            norm = norm / unscale.double().to(norm.device)
         self._grad_norm = norm.float()
-        return min(1.0, max_norm / (float(norm) + 1e-6)) if not norm.isnan() else float("nan")
+        return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+    def _counts_on_device(self) -> bool:
+        """Whether step counts are on a GPU, where the kernel can leave them as they are."""
+        return self._device().type == "cuda" and all(
+            group.get("capturable") or group.get("fused") for group in self.param_groups
+        )
 
     def _parts(self, groups: list[Group]) -> dict[Any, list[Any]]:
         """Parameters of every kind, those of one kind and device together; under "torch" groups

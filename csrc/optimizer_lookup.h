@@ -1,0 +1,84 @@
+// What the boundary of optimizers asks of tensors, and where it finds their states.
+#pragma once
+
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "tensor.h"
+
+namespace pyfast {
+
+inline std::string text_of(const Tensor& tensor) {
+  return tensor.view().dtype.bits == 0 ? "no tensor" : tensor.describe();
+}
+
+[[noreturn]] inline void throw_mismatch(const char* name, const Tensor& tensor, const Tensor& parameter) {
+  throw py::value_error(std::string("optimizer step: ") + name + " of a parameter of " +
+                        parameter.describe() + " does not fit to it, got " + text_of(tensor));
+}
+
+inline bool has_same_shape(const Tensor& a, const Tensor& b) {
+  bool same = a.ndim() == b.ndim();
+  for (int d = 0; same && d < a.ndim(); ++d) same = a.size(d) == b.size(d);
+  return same;
+}
+
+inline bool has_same_strides(const Tensor& a, const Tensor& b) {
+  for (int d = 0; d < a.ndim(); ++d) {
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
+// True when the elements fill a block of memory, in any order of the dimensions.
+inline bool is_dense(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int d = 0; d < tensor.ndim(); ++d) {
+    if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// Finds the state of each parameter of a list in turn. A dict holds them in the order in which
+// they were first stepped, mostly that of the list: following it saves hashing, a call into
+// Python.
+class StateLookup {
+ public:
+  explicit StateLookup(const py::object& states) : holder_(states), states_(states.ptr()) {
+    if (PyDict_Check(states_)) next();
+  }
+  bool is_of(const py::object& states) const { return states.ptr() == states_; }
+  // Borrowed, or null.
+  PyObject* find(PyObject* parameter, Py_ssize_t position) {
+    if (PyList_Check(states_)) return PyList_GetItem(states_, position);
+    if (key_ == parameter) {
+      PyObject* const found = value_;
+      next();
+      return found;
+    }
+    PyObject* const found = PyDict_GetItemWithError(states_, parameter);
+    if (found == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    return found;
+  }
+
+ private:
+  void next() {
+    if (!PyDict_Next(states_, &place_, &key_, &value_)) key_ = nullptr;
+  }
+  py::object holder_;
+  PyObject* states_;
+  PyObject* key_ = nullptr;
+  PyObject* value_ = nullptr;
+  Py_ssize_t place_ = 0;
+};
+
+}  // namespace pyfast
