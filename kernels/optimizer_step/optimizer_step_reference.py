@@ -149,6 +149,11 @@ def encode_int8(x: Tensor, is_signed: bool, salt: int) -> tuple[Tensor, Tensor]:
     return code.to(torch.uint8).view(x.shape), scale
 
 
+def to_signed(word: int) -> int:
+    """The int64 of the same bits."""
+    return word - ((word >> 63) << 64)
+
+
 def random_numbers(seed: int, step: int, index: int) -> tuple[int, int]:
     """The key of the bits of a parameter's elements at a step, and the salt of its dither."""
     counters = (step & MASK, (step >> 32) & MASK, index, ROUNDING_STREAM)

@@ -259,8 +259,36 @@ def _step_reference(rule: Rule, groups: Sequence[Group], scaling: Scaling, _: Wo
     return True
 
 
+def _step_triton(rule: Rule, groups: Sequence[Group], scaling: Scaling, _: Workspace) -> Any:
+    from ..kernels.optimizer_step.optimizer_step_triton import optimizer_step_triton
+
+    found = _items(groups)
+    if found is None:
+        return None
+    items, steps, missing = found
+    if missing:
+        return missing
+    if not items:
+        return True
+    skips = scaling.found_inf is not None and bool(scaling.found_inf.item())
+    for step in () if skips else steps:
+        step += 1
+    with torch.cuda.device_of(items[0].gradient):
+        optimizer_step_triton(rule, items, scaling.unscale, scaling.clip, scaling.found_inf)
+    changed = [tensor for item in items for tensor in (item.parameter,) if tensor is not None]
+    changed += [item.gradient for item in items if scaling.unscale is not None]
+    torch._C._increment_version(changed)
+    return True
+
+
 _optimizer_step = ListOp(
-    "optimizer_step", {"cpu": _step_cpu, "cuda": _step_cuda, "reference": _step_reference}
+    "optimizer_step",
+    {
+        "cpu": _step_cpu,
+        "cuda": _step_cuda,
+        "triton": _step_triton,
+        "reference": _step_reference,
+    },
 )
 
 
