@@ -316,7 +316,7 @@ class OptimizerTensors {
                             text_of(tensor));
     }
     const DType type = counted_type("optimizer step: step", tensor);
-    if (!tensor.is_cpu()) {
+    if (!tensor.is_cpu() || kEmulateCuda) {
       source->step_pointer = tensor.data();
       source->step_type = type;
       return;

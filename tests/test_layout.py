@@ -31,6 +31,7 @@ OPS = tuple(
     )
 )
 KERNEL_FILES = ("{0}.h", "{0}_cpu.cpp", "{0}_cuda.cu", "{0}_triton.py", "{0}_reference.py")
+WITHOUT_SCHEMA = {"optimizer_step"}  # it changes lists of tensors in place
 WITHOUT_CUDA = {"attention"}  # CUDA tensors go to its Triton kernels or to torch's own attention
 OTHER_FILES = (
     "pyfast/ops/{0}.py",
@@ -101,8 +102,9 @@ def test_an_op_has_every_file(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_has_one_name(op: str) -> None:
     """The same word in the schema, in the binding and in the build."""
-    assert f'"{op}(Tensor ' in (ROOT / f"pyfast/ops/{op}.py").read_text()
-    assert f'm.def("{op}"' in (ROOT / f"csrc/{op}.cpp").read_text()
+    if op not in WITHOUT_SCHEMA:
+        assert f'"{op}(Tensor ' in (ROOT / f"pyfast/ops/{op}.py").read_text()
+        assert f'm.def("{op}"' in (ROOT / f"csrc/{op}.cpp").read_text()
     assert f"bind_{op}(m)" in (ROOT / "csrc/module.cpp").read_text()
     listed = re.search(r"set\(OPS ([^)]*)\)", (ROOT / "csrc/CMakeLists.txt").read_text())
     assert listed and op in listed[1].split()

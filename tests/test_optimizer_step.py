@@ -1,5 +1,5 @@
-"""Every backend of the optimizers' step gives the bits of the reference, whatever the layouts, dtypes
-and extras; broken arithmetic does not. Against torch: test_optim.py."""
+"""Every backend of the optimizers' step gives the bits of the reference, whatever the layouts,
+dtypes and extras; broken arithmetic does not. Against torch: test_optim.py."""
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
-"""One step of an optimizer in Triton: a launch for the tensors of all groups that share dtypes and
-options, through a table of addresses. A program takes 1024 elements of one tensor. Tensors whose
-operands differ in layout are copied before and after. Bound by bytes, as the CUDA kernel is.
-
-The formulas are those of optimizer_math.h, in its order and without contraction: results have the
-same bits.
+"""Launches the Triton kernel of an optimizer's step: once for the tensors of all groups that share
+dtypes and options. Tensors whose operands differ in layout are copied before and after.
 """
 
 from __future__ import annotations
@@ -12,13 +8,11 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.philox_triton import block_bits
+from .optimizer_kernel_triton import optimizer_step_kernel
 from .optimizer_step_reference import (
-    BLOCK_SIZE,
     Flag,
     Item,
     Rule,
@@ -28,247 +22,7 @@ from .optimizer_step_reference import (
 )
 
 BLOCK = 1024
-NUM_ADDRESSES = 13  # p, g, three states, their scales, ema, master, number of elements, key, salt
 NUM_NUMBERS = 16
-
-_ADAM, _SGD = tl.constexpr(1), tl.constexpr(2)
-_RMSPROP, _ADAMAX = tl.constexpr(3), tl.constexpr(4)
-_SIGNED_BASE, _POSITIVE_BASE = tl.constexpr(0x38000000), tl.constexpr(0x30000000)
-_DITHER_STEP = tl.constexpr(0x9E3779B1 - (1 << 32))
-_STREAM = tl.constexpr(3)
-_SCALE_BLOCK = tl.constexpr(BLOCK_SIZE)
-
-
-@triton.jit
-def _bits(x):
-    return x.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _float(bits):
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _blend(a, b, weight, FROM_END: tl.constexpr):
-    way = (b - a) * weight
-    if FROM_END:
-        out = b - way
-    else:
-        out = a + way
-    return out
-
-
-@triton.jit
-def _maximum(a, b):
-    return tl.where((a > b) | (a != a), a, b)
-
-
-@triton.jit
-def _signed_by(magnitude, x):
-    return tl.where(x > 0, magnitude, tl.where(x < 0, -magnitude, 0.0))
-
-
-@triton.jit
-def _decode(address, scales, index, mask, SIGNED: tl.constexpr):
-    codes = tl.load(address.to(tl.pointer_type(tl.uint8)) + index, mask=mask, other=0).to(tl.int32)
-    scale = tl.load(scales.to(tl.pointer_type(tl.float32)) + index // _SCALE_BLOCK, mask=mask)
-    if SIGNED:
-        offset = _float(((codes & 0x7F) << 20) + _SIGNED_BASE) - 0.000030517578125
-        value = tl.where(codes >= 128, -offset, offset)
-    else:
-        value = _float((codes << 20) + _POSITIVE_BASE)
-    return value * scale
-
-
-@triton.jit
-def _encode(x, address, scales, begin, size, salt, SIGNED: tl.constexpr, N: tl.constexpr):
-    index = begin + tl.arange(0, N)
-    mask = index < size
-    bits = tl.where(mask, _bits(x) & 0x7FFFFFFF, 0)
-    largest = tl.max(tl.reshape(bits, (N // _SCALE_BLOCK, _SCALE_BLOCK)), axis=1)
-    scale = tl.where(largest < 0x00800000, 0.0, _float(largest))
-    inverse = tl.where(scale == 0.0, 0.0, tl.div_rn(tl.zeros_like(scale) + 1.0, scale))
-    spread = tl.broadcast_to(inverse[:, None], (N // _SCALE_BLOCK, _SCALE_BLOCK))
-    y = _bits(x * tl.reshape(spread, (N,)))
-    product = index.to(tl.int32) * _DITHER_STEP + salt.to(tl.int32)
-    dither = (product >> 12) & 0xFFFFF
-    if SIGNED:
-        offset = _float(y & 0x7FFFFFFF) + 0.000030517578125
-        code = ((_bits(offset) - _SIGNED_BASE + dither) >> 20) & 0x7F
-        code = code | tl.where(y < 0, 128, 0)
-    else:
-        clamped = tl.where(y > _POSITIVE_BASE, y, _POSITIVE_BASE)
-        code = ((clamped - _POSITIVE_BASE + dither) >> 20) & 0xFF
-    tl.store(address.to(tl.pointer_type(tl.uint8)) + index, code.to(tl.uint8), mask=mask)
-    block = begin // _SCALE_BLOCK + tl.arange(0, N // _SCALE_BLOCK)
-    wanted = block * _SCALE_BLOCK < size
-    tl.store(scales.to(tl.pointer_type(tl.float32)) + block, scale, mask=wanted)
-
-
-@triton.jit
-def _load_state(
-    address, scales, index, mask, T: tl.constexpr, INT8: tl.constexpr, SIGNED: tl.constexpr,
-    N: tl.constexpr,
-):  # fmt: skip
-    if T is None:
-        state = tl.zeros((N,), tl.float32)
-    elif INT8:
-        state = _decode(address, scales, index, mask, SIGNED)
-    else:
-        state = tl.load(address.to(tl.pointer_type(T)) + index, mask=mask, other=0.0)
-        state = state.to(tl.float32)
-    return state
-
-
-@triton.jit
-def _store_state(
-    x, address, scales, begin, size, salt, T: tl.constexpr, INT8: tl.constexpr,
-    SIGNED: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    if T is not None:
-        if INT8:
-            _encode(x, address, scales, begin, size, salt, SIGNED, N)
-        else:
-            index = begin + tl.arange(0, N)
-            tl.store(address.to(tl.pointer_type(T)) + index, x.to(T), mask=index < size)
-
-
-@triton.jit
-def _update(
-    p, g, s0, s1, s2, n, RULE: tl.constexpr, FLAGS: tl.constexpr, FROM_END: tl.constexpr,
-    HAS_MOMENTUM: tl.constexpr,
-):  # fmt: skip
-    """The new parameter and states; ``n`` points to the numbers of the tensor."""
-    step_size, weight1 = tl.load(n + 0), tl.load(n + 1)
-    decay2, weight2, blend2 = tl.load(n + 2), tl.load(n + 3), tl.load(n + 4)
-    eps, root_scale, momentum = tl.load(n + 5), tl.load(n + 6), tl.load(n + 7)
-    if RULE == _ADAM:
-        s0 = _blend(s0, g, weight1, (FROM_END & 1) != 0)
-        s1 = s1 * decay2 + weight2 * g * g
-        second = s1
-        if FLAGS & 1:
-            s2 = _maximum(s2, s1)
-            second = s2
-        p = p - tl.div_rn(step_size * s0, tl.sqrt_rn(second) * root_scale + eps)
-    if RULE == _SGD:
-        direction = g
-        if HAS_MOMENTUM:
-            if FLAGS & 256:
-                s0 = g
-            else:
-                s0 = momentum * s0 + weight1 * g
-            direction = s0
-            if FLAGS & 2:
-                direction = g + momentum * s0
-        p = p - step_size * direction
-    if RULE == _RMSPROP:
-        s0 = s0 * decay2 + weight2 * g * g
-        variance = s0
-        if FLAGS & 4:
-            s2 = _blend(s2, g, blend2, (FROM_END & 2) != 0)
-            variance = _maximum(s0 - s2 * s2, tl.zeros_like(s0))
-        denominator = tl.sqrt_rn(variance) + eps
-        if HAS_MOMENTUM:
-            s1 = momentum * s1 + tl.div_rn(g, denominator)
-            p = p - step_size * s1
-        else:
-            p = p - tl.div_rn(step_size * g, denominator)
-    if RULE == _ADAMAX:
-        s0 = _blend(s0, g, weight1, (FROM_END & 1) != 0)
-        s1 = _maximum(s1 * decay2, tl.abs(g) + eps)
-        p = p - tl.div_rn(step_size * s0, s1)
-    return p, s0, s1, s2
-
-
-@triton.jit
-def optimizer_step_kernel(
-    table, numbers, programs, found_inf, clip_scale, unscale,
-    P: tl.constexpr, G: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
-    SIGNED: tl.constexpr, INT8: tl.constexpr, EMA: tl.constexpr, MASTER: tl.constexpr,
-    RULE: tl.constexpr, FLAGS: tl.constexpr, FROM_END: tl.constexpr, HAS_MOMENTUM: tl.constexpr,
-    HAS_L2: tl.constexpr, HAS_L1: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
-    HAS_FOUND_INF: tl.constexpr, HAS_CLIP: tl.constexpr, HAS_UNSCALE: tl.constexpr,
-    N: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    row = tl.load(programs + 2 * program)
-    begin = tl.load(programs + 2 * program + 1)
-    is_alive = begin >= 0
-    if HAS_FOUND_INF:
-        is_alive = tl.load(found_inf) == 0
-    at = table + row * 13
-    n = numbers + row * 16
-    size = tl.load(at + 10)
-    index = begin + tl.arange(0, N)
-    exists = index < size
-    mask = exists & is_alive
-    g_at = tl.load(at + 1).to(tl.pointer_type(G)) + index
-    g = tl.load(g_at, mask=exists, other=0.0).to(tl.float32)
-    if HAS_UNSCALE:
-        gradient_scale = (1.0 / tl.load(unscale).to(tl.float64)).to(tl.float32)
-        g = g * gradient_scale
-    raw = g
-    p_address = tl.load(at + 0)
-    p = g
-    if P is not None:
-        p = tl.load(p_address.to(tl.pointer_type(P)) + index, mask=exists, other=0.0).to(tl.float32)
-    master_at = tl.load(at + 9)
-    if MASTER == 1:
-        low = tl.load(master_at.to(tl.pointer_type(tl.int16)) + index, mask=exists, other=0)
-        p = _float(_bits(p) + low.to(tl.int32))
-    if MASTER == 2:
-        wide = tl.load(master_at.to(tl.pointer_type(tl.float32)) + index, mask=exists, other=0.0)
-        p = tl.where(wide.to(P).to(tl.float32) == p, wide, p)
-    if RULE != 0:
-        if HAS_CLIP:
-            g = g * (tl.load(clip_scale).to(tl.float32))
-        if FLAGS & 32:
-            g = -g
-        p = p * tl.load(n + 8)
-        if HAS_L2:
-            g = g + tl.load(n + 9) * p
-        if HAS_L1:
-            g = g + _signed_by(tl.load(n + 10), p)
-        s0_at, s1_at, s2_at = tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
-        c0_at, c1_at, c2_at = tl.load(at + 5), tl.load(at + 6), tl.load(at + 7)
-        s0 = _load_state(s0_at, c0_at, index, exists, S0, INT8, (SIGNED & 1) != 0, N)
-        s1 = _load_state(s1_at, c1_at, index, exists, S1, INT8, (SIGNED & 2) != 0, N)
-        s2 = _load_state(s2_at, c2_at, index, exists, S2, INT8, (SIGNED & 4) != 0, N)
-        p, s0, s1, s2 = _update(p, g, s0, s1, s2, n, RULE, FLAGS, FROM_END, HAS_MOMENTUM)
-        if HAS_THRESHOLD:
-            left = tl.abs(p) - tl.load(n + 11)
-            p = _signed_by(_maximum(left, tl.zeros_like(p)), p)
-        last = tl.where(is_alive, size, 0)
-        salt = tl.load(at + 12)
-        _store_state(s0, s0_at, c0_at, begin, last, salt, S0, INT8, (SIGNED & 1) != 0, N)
-        _store_state(s1, s1_at, c1_at, begin, last, salt, S1, INT8, (SIGNED & 2) != 0, N)
-        _store_state(s2, s2_at, c2_at, begin, last, salt, S2, INT8, (SIGNED & 4) != 0, N)
-        if MASTER == 1:
-            bits = _bits(p)
-            upper = tl.where(p != p, (bits >> 16) & 0xFFFF | 0x40, ((bits + 0x8000) >> 16) & 0xFFFF)
-            low = tl.where(p != p, 0, bits - (upper << 16))
-            tl.store(master_at.to(tl.pointer_type(tl.int16)) + index, low.to(tl.int16), mask=mask)
-            rounded = upper.to(tl.int16)
-            tl.store(p_address.to(tl.pointer_type(tl.int16)) + index, rounded, mask=mask)
-        else:
-            if MASTER == 2:
-                tl.store(master_at.to(tl.pointer_type(tl.float32)) + index, p, mask=mask)
-            if FLAGS & 64:
-                random = block_bits(tl.load(at + 11), begin, _STREAM, N).to(tl.int32)
-                bits = tl.where(p != p, _bits(p) | 0x400000, _bits(p) + random)
-                p = _float(bits & -65536)
-            tl.store(p_address.to(tl.pointer_type(P)) + index, p.to(P), mask=mask)
-            if MASTER == 0:
-                p = p.to(P).to(tl.float32)
-    if EMA:
-        ema_at = tl.load(at + 8).to(tl.pointer_type(tl.float32)) + index
-        average = tl.load(ema_at, mask=exists, other=0.0)
-        tl.store(ema_at, _blend(average, p, tl.load(n + 12), (FROM_END & 4) != 0), mask=mask)
-    if FLAGS & 128:
-        tl.store(g_at, tl.zeros_like(raw).to(G), mask=exists)
-    elif HAS_UNSCALE:
-        tl.store(g_at, raw.to(G), mask=mask)
 
 
 class _Signature(NamedTuple):
@@ -290,6 +44,7 @@ class _Signature(NamedTuple):
     HAS_L2: bool
     HAS_L1: bool
     HAS_THRESHOLD: bool
+    ALIGNED: bool
 
 
 def _type_of(tensor: Tensor | None) -> Any:
@@ -302,13 +57,16 @@ def _signature(rule: Rule, item: Item) -> _Signature:
     weights = (1 - float(h.beta1), 1 - float(h.beta2), 1 - h.ema_decay)
     signed = sum(is_signed_state(rule, i) << i for i in range(3))
     master = 0 if item.master is None else 1 if item.master.dtype == torch.int16 else 2
+    operands = [t for t in _operands(item) if t is not None]
     kept = ~(Flag.DECOUPLED_DECAY | Flag.DECOUPLED_L1)
     if item.parameter is None or item.parameter.dtype != torch.bfloat16 or master:
         kept &= ~Flag.STOCHASTIC_ROUNDING
     return _Signature(
         _type_of(item.parameter),
         _type_of(item.gradient),
-        *(_type_of(state) for state in item.states),
+        S0=_type_of(item.states[0]),
+        S1=_type_of(item.states[1]),
+        S2=_type_of(item.states[2]),
         SIGNED=signed,
         INT8=any(scale is not None for scale in item.scales),
         EMA=item.ema is not None,
@@ -320,6 +78,8 @@ def _signature(rule: Rule, item: Item) -> _Signature:
         HAS_L2=h.weight_decay != 0 and not decoupled,
         HAS_L1=h.l1 != 0 and not proximal,
         HAS_THRESHOLD=h.l1 != 0 and bool(proximal),
+        ALIGNED=item.gradient.numel() % 16 == 0
+        and all(t.data_ptr() % 16 == 0 or not t.is_contiguous() for t in operands),
     )
 
 

@@ -281,15 +281,13 @@ def _step_triton(rule: Rule, groups: Sequence[Group], scaling: Scaling, _: Works
     return True
 
 
-_optimizer_step = ListOp(
-    "optimizer_step",
-    {
-        "cpu": _step_cpu,
-        "cuda": _step_cuda,
-        "triton": _step_triton,
-        "reference": _step_reference,
-    },
-)
+KERNELS = {
+    "cpu": _step_cpu,
+    "cuda": _step_cuda,
+    "triton": _step_triton,
+    "reference": _step_reference,
+}
+_optimizer_step = ListOp("optimizer_step", KERNELS)
 
 
 def optimizer_step(

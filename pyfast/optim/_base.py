@@ -9,17 +9,26 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import _random
-from ..ops.optimizer_step import Group, Hyper, Rule, Scaling, Workspace, is_plain, optimizer_step
+from .. import _backend, _random
+from ..ops.optimizer_step import (
+    KERNELS,
+    Group,
+    Hyper,
+    Rule,
+    Scaling,
+    Workspace,
+    is_plain,
+    optimizer_step,
+)
 from . import _extras
-from ._distributed import is_dtensor, local, total_norm
+from ._distributed import local, total_norm
+from ._parts import has_duplicates, kind_of, part_of
 
 
 class FusedOptimizer(Optimizer):
@@ -89,7 +98,7 @@ class FusedOptimizer(Optimizer):
     # set it where their own step does.
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        return not any(
+        return not self._is_torchs() and not any(
             group.get("differentiable")
             or any(p.is_complex() or (p.grad is not None and p.grad.is_sparse) for p in params)
             for group, params in ((group, group["params"]) for group in self.param_groups)
@@ -128,7 +137,7 @@ class FusedOptimizer(Optimizer):
             handle.remove()
             self._loading = None
 
-    @torch._disable_dynamo
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step, of all parameters in one pass.
 
@@ -159,6 +168,9 @@ class FusedOptimizer(Optimizer):
                 self._zero_gradients()
                 return
             found_inf = None
+        if self._is_torchs():
+            self._torch_step(self.param_groups)
+            return
         scaling = Scaling(getattr(self, "grad_scale", None), found_inf=found_inf)
         groups = [self._group(group, first) for group, first in self._with_first_index()]
         parts = self._parts(groups) if self._has_other_parameters() else None
@@ -183,12 +195,23 @@ class FusedOptimizer(Optimizer):
         if self._others is None:
             self._others = any(
                 group.get("differentiable")
-                or _has_duplicates(group["params"])
+                or has_duplicates(group["params"])
                 or not all(map(is_plain, group["params"]))
                 or len({p.device for p in group["params"]} | {self._device()}) > 1
                 for group in self.param_groups
             )
         return self._others
+
+    def _is_torchs(self) -> bool:
+        """Whether no kernel serves the device, and torch's own code does all that is asked for: it
+        is then faster than the reference."""
+        like = next((p for group in self.param_groups for p in group["params"]), None)
+        return (
+            like is not None
+            and _backend.forced() is None
+            and not any(name in group for group in self.param_groups for name in _extras.DEFAULTS)
+            and _backend.choose("optimizer_step", KERNELS, like) == "reference"
+        )
 
     @property
     def _workspace(self) -> Workspace:
@@ -197,7 +220,8 @@ class FusedOptimizer(Optimizer):
         return self._kept
 
     def _device(self) -> torch.device:
-        return next(p.device for group in self.param_groups for p in group["params"])
+        params = (p for group in self.param_groups for p in group["params"])
+        return next((p.device for p in params), torch.device("cpu"))
 
     def _zero_gradients(self) -> None:
         """What is left of a step that is skipped, with ``zero_grads``."""
@@ -241,7 +265,7 @@ class FusedOptimizer(Optimizer):
     def _is_random(group: dict[str, Any]) -> bool:
         return group.get("state_dtype") == "int8" or bool(group.get("stochastic_rounding"))
 
-    def _step_groups(self, groups: list[Group], like: Tensor | None, scaling: Scaling) -> bool:
+    def _step_groups(self, groups: list[Group], like: Tensor, scaling: Scaling) -> bool:
         """Step plain tensors on one device; False, with nothing done, if that is not what the
         groups are."""
         missing = optimizer_step(self._rule, groups, like, scaling, self._workspace)
@@ -308,7 +332,8 @@ class FusedOptimizer(Optimizer):
 
     def _counts_on_device(self) -> bool:
         """Whether step counts are on a GPU, where the kernel can leave them as they are."""
-        return self._device().type == "cuda" and all(
+        on_device = self._device().type == "cuda" or _backend.emulates_cuda()
+        return on_device and all(
             group.get("capturable") or group.get("fused") for group in self.param_groups
         )
 
@@ -320,40 +345,16 @@ class FusedOptimizer(Optimizer):
             by_kind: dict[Any, list[int]] = {}
             for i, p in enumerate(group.params):
                 if p.grad is not None:
-                    by_kind.setdefault(self._kind(p, source), []).append(i)
-            if _has_duplicates(group.params):
+                    by_kind.setdefault(kind_of(p, source, self._rule), []).append(i)
+            if has_duplicates(group.params):
                 by_kind = {"torch": list(range(len(group.params)))}
             for kind, positions in by_kind.items():
-                part: Any = _part(group, positions)
+                part: Any = part_of(group, positions)
                 if kind == "torch":
-                    self._refuse_extras(source)
+                    _extras.refuse(type(self).__name__, source)
                     part = {**source, "params": [group.params[i] for i in positions]}
                 parts.setdefault(kind, []).append(part)
         return parts
-
-    def _kind(self, p: Tensor, group: dict[str, Any]) -> Any:
-        """What can be stepped together: "torch" is for torch's own code."""
-        grad = p.grad
-        assert grad is not None
-        if is_dtensor(p) and is_dtensor(grad):
-            p, grad = local(p), local(grad)
-        if grad.is_neg():
-            # Memory holds the values with the other sign, as that of z.conj().imag does.
-            grad = p.grad = grad.resolve_neg()
-        if grad.is_sparse and self._rule != Rule.SGD:
-            raise RuntimeError(_SPARSE[self._rule])
-        if group.get("differentiable") or not (is_plain(p) and is_plain(grad)):
-            return "torch"
-        return p.device
-
-    def _refuse_extras(self, group: dict[str, Any]) -> None:
-        for name, default in _extras.DEFAULTS.items():
-            if name != "seed" and group.get(name, default) != default:
-                raise NotImplementedError(
-                    f"{type(self).__name__}: {name} must be {default!r} for complex parameters, "
-                    "sparse gradients, parameters that are given twice and differentiable=True, "
-                    f"which torch's own code steps, got {group[name]!r}"
-                )
 
     def _torch_step(self, groups: list[dict[str, Any]]) -> None:
         """torch's own step of some groups, without its hooks."""
@@ -388,33 +389,5 @@ class FusedOptimizer(Optimizer):
                     p.copy_(value)
 
 
-_SPARSE = {
-    Rule.ADAM: "Adam does not support sparse gradients, please consider SparseAdam instead",
-    Rule.RMSPROP: "RMSprop does not support sparse gradients",
-    Rule.ADAMAX: "Adamax does not support sparse gradients",
-}
-
-
 def _new_seed() -> int:
     return int(_random.buffer.tensor.random_().item())
-
-
-def _has_duplicates(params: list[Tensor]) -> bool:
-    return len({id(p) for p in params}) != len(params)
-
-
-def _part(group: Group, positions: list[int]) -> Group:
-    """Some parameters of a group; of DTensors their local shards."""
-    owners = [group.params[i] for i in positions]
-    states = [group.states[p] for p in owners]  # type: ignore[index]
-    return replace(
-        group,
-        params=[local(p) for p in owners],
-        states=[
-            {name: local(value) for name, value in state.items()} if is_dtensor(p) else state
-            for p, state in zip(owners, states, strict=True)
-        ],
-        grads=[local(p.grad) for p in owners],
-        indices=[group.first_index + i for i in positions],
-        owners=owners,
-    )

@@ -109,6 +109,17 @@ def check_group(optimizer: str, group: dict[str, Any]) -> None:
             )
 
 
+def refuse(optimizer: str, group: dict[str, Any]) -> None:
+    """NotImplementedError for extras in a group that torch's own code steps."""
+    for name, default in DEFAULTS.items():
+        if name != "seed" and group.get(name, default) != default:
+            raise NotImplementedError(
+                f"{optimizer}: {name} must be {default!r} for complex parameters, sparse "
+                "gradients, parameters that are given twice and differentiable=True, which "
+                f"torch's own code steps, got {group[name]!r}"
+            )
+
+
 def flags(group: dict[str, Any]) -> int:
     """The flags of the step that extras set."""
     found = Flag(0)
@@ -183,8 +194,9 @@ def _restore_state(
     for name in ("ema", "master", "remainder"):
         if isinstance(saved.get(name), Tensor):
             state[name] = saved[name].detach().to(p.device, copy=True)
-    for i, name in enumerate(names):
-        if name is None or not isinstance(value := saved.get(name), Tensor):
+    for i, key in enumerate(names):
+        name = key or ""
+        if not isinstance(value := saved.get(name), Tensor):
             continue
         is_signed, scale = is_signed_state(optimizer._rule, i), saved.get(f"{name}_scale")
         dtype = state_dtype(p, group)

@@ -1,0 +1,55 @@
+"""Which parameters of an optimizer can be stepped together, and which are torch's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..ops.optimizer_step import Group, Rule, is_plain
+from ._distributed import is_dtensor, local
+
+_SPARSE = {
+    Rule.ADAM: "Adam does not support sparse gradients, please consider SparseAdam instead",
+    Rule.RMSPROP: "RMSprop does not support sparse gradients",
+    Rule.ADAMAX: "Adamax does not support sparse gradients",
+}
+
+
+def has_duplicates(params: list[Tensor]) -> bool:
+    return len({id(p) for p in params}) != len(params)
+
+
+def kind_of(p: Tensor, group: dict[str, Any], rule: Rule) -> Any:
+    """What can be stepped together has one kind; "torch" is for torch's own code."""
+    grad = p.grad
+    assert grad is not None
+    if is_dtensor(p) and is_dtensor(grad):
+        p, grad = local(p), local(grad)
+    if grad.is_neg():
+        # Memory holds the values with the other sign, as that of z.conj().imag does.
+        grad = p.grad = grad.resolve_neg()
+    if grad.is_sparse and rule != Rule.SGD:
+        raise RuntimeError(_SPARSE[rule])
+    if group.get("differentiable") or not (is_plain(p) and is_plain(grad)):
+        return "torch"
+    return p.device
+
+
+def part_of(group: Group, positions: list[int]) -> Group:
+    """Some parameters of a group; of DTensors their local shards."""
+    owners = [group.params[i] for i in positions]
+    assert not isinstance(group.states, list)
+    states = [group.states.get(p, {}) for p in owners]
+    return replace(
+        group,
+        params=[local(p) for p in owners],
+        states=[
+            {name: local(value) for name, value in state.items()} if is_dtensor(p) else state
+            for p, state in zip(owners, states, strict=True)
+        ],
+        grads=[local(p.grad) for p in owners],
+        indices=[group.first_index + i for i in positions],
+        owners=owners,
+    )
