@@ -27,7 +27,8 @@ step info 20 python3 -m pyfast info
 # Every backend that runs on a GPU, against the float64 oracles: in parts, because most of the time
 # is Triton's compiler.
 step tests 230 bash -c "seq 0 13 | xargs -P 14 -I{} python3 -m pytest tests --part {}/14 --maxfail=3 \
-  -k 'cuda or triton' --ignore tests/test_compiled_code.py --ignore tests/test_compiled_attention.py"
+  -k 'cuda or triton' --ignore tests/test_compiled_code.py --ignore tests/test_compiled_attention.py \
+  --ignore tests/test_compiled_optimizer.py"
 
 # The CUDA C++ kernels under the sanitizer, and everything 250 times, bit for bit.
 step repeats 40 python3 benchmarks/gpu_repeat.py 250
@@ -41,5 +42,6 @@ for tool in memcheck racecheck; do
 done
 
 step attention 110 python3 -m pyfast.benchmarks.gpu_attention --out "$out/attention.json"
+step optimizers 60 python3 -m pyfast bench --device cuda --op optimizer_step --json "$out/optimizer_step.json"
 step ops 30 python3 -m pyfast bench --quick --device cuda --json "$out/ops.json" --op dropout --op dropout_add_norm
 [ ${#failed[@]} = 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

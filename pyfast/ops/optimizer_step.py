@@ -262,6 +262,11 @@ def _step_reference(rule: Rule, groups: Sequence[Group], scaling: Scaling, _: Wo
 def _step_triton(rule: Rule, groups: Sequence[Group], scaling: Scaling, _: Workspace) -> Any:
     from ..kernels.optimizer_step.optimizer_step_triton import optimizer_step_triton
 
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "optimizer step: Triton counts steps on the host; capturing a graph needs the native "
+            "CUDA kernels (an install with nvcc)"
+        )
     found = _items(groups)
     if found is None:
         return None
