@@ -7,7 +7,9 @@ namespace pyfast::PYFAST_ISA {
 
 // Whole blocks of a float32 tensor with int8 states. While one block is updated, which keeps the
 // divider busy, the codes of the block before are made, which keeps the integer units busy.
-template <OptimizerRule kRule>
+// Bit i of kStates says that there is a state i: known to the compiler, this saves a quarter of the
+// time.
+template <OptimizerRule kRule, int kStates>
 class CodedBlocks {
  public:
   CodedBlocks(const OptimizerStepParams& params, const OptimizerTensor& t)
@@ -33,6 +35,8 @@ class CodedBlocks {
  private:
   using V = Vec<float>;
 
+  static constexpr bool exists(int state) { return (kStates >> state) & 1; }
+
   template <bool kEncodes>
   void update(int64_t begin, int64_t turn) {
     float* const p = at<float>(t_, kParameter, begin);
@@ -41,8 +45,7 @@ class CodedBlocks {
                               at<uint8_t>(t_, kState2, begin)};
     V scales[kMaxOptimizerStates];
     for (int i = 0; i < kMaxOptimizerStates; ++i) {
-      const bool exists = codes[i] != nullptr;
-      scales[i] = V::broadcast(exists ? t_.scales[i][begin / kOptimizerBlock] : 0.0f);
+      scales[i] = V::broadcast(exists(i) ? t_.scales[i][begin / kOptimizerBlock] : 0.0f);
     }
     const OptimizerNumbers<V> numbers = rounded_;
     float (*const states)[kOptimizerBlock] = states_[turn];
@@ -57,7 +60,7 @@ class CodedBlocks {
       PYFAST_UNROLL
       for (int i = 0; i < kMaxOptimizerStates; ++i) {
         *s[i] = V::broadcast(0);
-        if (codes[i] != nullptr) {
+        if (exists(i)) {
           *s[i] = decode_lanes(codes[i] + j, is_signed_state(kRule, i), scales[i]);
         }
       }
@@ -65,7 +68,7 @@ class CodedBlocks {
       x.p.store(p + j);
       PYFAST_UNROLL
       for (int i = 0; i < kMaxOptimizerStates; ++i) {
-        if (codes[i] == nullptr) continue;
+        if (!exists(i)) continue;
         s[i]->store(states[i] + j);
         largest[i].add(*s[i]);
       }
@@ -73,14 +76,14 @@ class CodedBlocks {
         const auto lanes = dither.next();
         PYFAST_UNROLL
         for (int i = 0; i < kMaxOptimizerStates; ++i) {
-          if (codes[i] == nullptr) continue;
+          if (!exists(i)) continue;
           encode_lanes(V::load(before[i] + j), is_signed_state(kRule, i), inverses_[1 - turn][i],
                        lanes, codes[i] + j - kOptimizerBlock);
         }
       }
     }
     for (int i = 0; i < kMaxOptimizerStates; ++i) {
-      if (codes[i] == nullptr) continue;
+      if (!exists(i)) continue;
       float inverse;
       t_.scales[i][begin / kOptimizerBlock] = code_scale(largest[i].bits(), &inverse);
       inverses_[turn][i] = V::broadcast(inverse);
@@ -92,10 +95,9 @@ class CodedBlocks {
     for (int j = 0; j < kOptimizerBlock; j += V::kLanes) {
       const auto lanes = dither.next();
       for (int i = 0; i < kMaxOptimizerStates; ++i) {
-        uint8_t* const codes = at<uint8_t>(t_, kState0 + i, begin);
-        if (codes == nullptr) continue;
+        if (!exists(i)) continue;
         encode_lanes(V::load(states_[turn][i] + j), is_signed_state(kRule, i), inverses_[turn][i],
-                     lanes, codes + j);
+                     lanes, at<uint8_t>(t_, kState0 + i, begin) + j);
       }
     }
   }

@@ -46,6 +46,19 @@ bool is_direct(const OptimizerTensor& t) {
          !(t.flags & kStochasticRounding);
 }
 
+// States are there from the first on.
+template <OptimizerRule kRule>
+void run_coded(const OptimizerStepParams& params, const OptimizerTensor& t, int64_t begin,
+               int64_t num_blocks) {
+  if (t.operands[kState2] != nullptr) {
+    CodedBlocks<kRule, 7>(params, t).run(begin, num_blocks);
+  } else if (t.operands[kState1] != nullptr) {
+    CodedBlocks<kRule, 3>(params, t).run(begin, num_blocks);
+  } else {
+    CodedBlocks<kRule, 1>(params, t).run(begin, num_blocks);
+  }
+}
+
 template <OptimizerRule kRule>
 void run_item(const OptimizerStepParams& params, const OptimizerItem& item) {
   const OptimizerTensor& t = params.tensors[item.tensor];
@@ -73,7 +86,7 @@ void run_item(const OptimizerStepParams& params, const OptimizerItem& item) {
   }
   const int64_t num_blocks = item.count / kOptimizerBlock;
   if (t.int8_states && t.layout < 0 && p == DType::kFloat32 && g == p && num_blocks > 0) {
-    CodedBlocks<kRule>(params, t).run(item.begin, num_blocks);
+    run_coded<kRule>(params, t, item.begin, num_blocks);
     const int64_t done = num_blocks * kOptimizerBlock;
     const OptimizerItem rest = {item.tensor, static_cast<int32_t>(item.count - done),
                                 item.begin + done};
