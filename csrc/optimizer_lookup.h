@@ -14,7 +14,8 @@ inline std::string text_of(const Tensor& tensor) {
   return tensor.view().dtype.bits == 0 ? "no tensor" : tensor.describe();
 }
 
-[[noreturn]] inline void throw_mismatch(const char* name, const Tensor& tensor, const Tensor& parameter) {
+[[noreturn]] inline void throw_mismatch(const char* name, const Tensor& tensor,
+                                        const Tensor& parameter) {
   throw py::value_error(std::string("optimizer step: ") + name + " of a parameter of " +
                         parameter.describe() + " does not fit to it, got " + text_of(tensor));
 }
