@@ -1,5 +1,5 @@
-"""What compilers make of the Triton kernel of the optimizers' step, for which no GPU is needed.
-That of the CUDA C++ kernel: test_compiled_code.py."""
+"""What compilers make of the GPU kernels of the optimizers' step, for which no GPU is needed. That
+the CUDA C++ kernel does not spill: test_compiled_code.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from oracle import run_python
-from test_compiled_code import spills, triton_tools
+from test_compiled_code import NVCC_FLAGS, ROOT, Cubin, sass_of, spills, triton_tools
 
 pytest.importorskip("triton")
 
@@ -145,3 +145,20 @@ def test_the_check_tells_bad_code(ptx: dict[str, str]) -> None:
     for bad in (good + "fma.rn.f32", good + "div.full", good.replace("v4.b32", "b32")):
         with pytest.raises(AssertionError):
             check_ptx("AdamW float32", bad)
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+def test_cuda_moves_16_bytes(architecture: str, tmp_path: Path) -> None:
+    """Each operand in float32 (two accesses) and in both half types, loads and stores alike: of
+    addresses from a table, compilers split what is not said to be global and whole."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on PATH")
+    target = tmp_path / "optimizer.cubin"
+    source = ROOT / "kernels/optimizer_step/optimizer_step_cuda.cu"
+    command = [nvcc, *NVCC_FLAGS, f"-arch=sm_{architecture}", "-cubin", source, "-o", target]
+    subprocess.run(command, check=True, capture_output=True)
+    code = next(c for name, c in sass_of(Cubin(target, "")).items() if "step_kernelIf" in name)
+    num_operands = 8  # gradient, parameter (and once more for its average), states, average, master
+    assert code.count("LDG.E.128") >= 4 * num_operands
+    assert code.count("STG.E.128") >= 4 * (num_operands - 1)

@@ -92,27 +92,65 @@ __device__ __forceinline__ void store_scalar(C value, void* base, DType dtype, i
   }
 }
 
+// 16 bytes at once. In assembly: of an address that comes from a table compilers do not know that
+// it is in global memory, and split the access into words. Volatile, so that they stay in order.
+template <typename T>
+__device__ __forceinline__ Pack<T> load_global(const T* from) {
+#ifdef PYFAST_CUDA_EMULATION
+  return load_pack(from);
+#else
+  uint32_t w[4];
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+               : "l"(__cvta_generic_to_global(from)));
+  Pack<T> pack;
+  memcpy(&pack, w, 16);
+  return pack;
+#endif
+}
+
+template <typename T>
+__device__ __forceinline__ void store_global(const Pack<T>& pack, T* to) {
+#ifdef PYFAST_CUDA_EMULATION
+  store_pack(pack, to);
+#else
+  uint32_t w[4];
+  memcpy(w, &pack, 16);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+               : "memory");
+#endif
+}
+
+// False, with nothing done, where the elements do not follow each other.
 template <typename T, typename C>
 __device__ __forceinline__ bool load_vector(const void* base, const Place& at, C (&out)[8]) {
   const T* from = static_cast<const T*>(base);
-  const bool vectorizable = is_vectorizable(from, at);
-  if (vectorizable) load8(from + at.first, 8, true, out);
-  return vectorizable;
+  if (!is_vectorizable(from, at)) return false;
+#pragma unroll
+  for (int first = 0; first < 8; first += Pack<T>::kSize) {
+    const Pack<T> pack = load_global(from + at.first + first);
+#pragma unroll
+    for (int e = 0; e < Pack<T>::kSize; ++e) out[first + e] = static_cast<C>(to_float(pack.v[e]));
+  }
+  return true;
 }
 
 template <typename T, typename C>
 __device__ __forceinline__ bool store_vector(const C (&values)[8], const Place& at, void* base) {
+  using Stored = typename ComputeType<T>::type;
   T* to = static_cast<T*>(base);
-  const bool vectorizable = is_vectorizable(to, at);
-  if (vectorizable) {
-    typename ComputeType<T>::type rounded[8];
+  if (!is_vectorizable(to, at)) return false;
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      rounded[e] = static_cast<typename ComputeType<T>::type>(values[e]);
+  for (int first = 0; first < 8; first += Pack<T>::kSize) {
+    Pack<T> pack;
+#pragma unroll
+    for (int e = 0; e < Pack<T>::kSize; ++e) {
+      from_float(static_cast<Stored>(values[first + e]), &pack.v[e]);
     }
-    store8(rounded, to + at.first, 8, true);
+    store_global(pack, to + at.first + first);
   }
-  return vectorizable;
+  return true;
 }
 
 template <typename C>
