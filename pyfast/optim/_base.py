@@ -152,7 +152,7 @@ class FusedOptimizer(Optimizer):
                 has changed then, nor after any other error.
         """
         if "capturable" in self.defaults:
-            self._accelerator_graph_capture_health_check()
+            _check_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -387,6 +387,12 @@ class FusedOptimizer(Optimizer):
             with torch.no_grad():
                 for (p, _), value in zip(pairs, kept, strict=True):
                     p.copy_(value)
+
+
+# Its name in torch 2.11 or after.
+_check_capture: Callable[[Optimizer], None] = getattr(
+    Optimizer, "_accelerator_graph_capture_health_check", None
+) or getattr(Optimizer, "_cuda_graph_capture_health_check")  # noqa: B009
 
 
 def _new_seed() -> int:
