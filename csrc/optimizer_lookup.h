@@ -20,6 +20,18 @@ inline std::string text_of(const Tensor& tensor) {
                         parameter.describe() + " does not fit to it, got " + text_of(tensor));
 }
 
+// Elements that share memory cannot be written one by one.
+inline void require_apart(const char* name, const Tensor& tensor) {
+  for (int d = 0; d < tensor.ndim(); ++d) {
+    if (tensor.stride(d) == 0 && tensor.size(d) > 1 && tensor.num_elements() != 0) {
+      throw std::runtime_error(std::string("optimizer step: elements of ") + name + ", " +
+                               tensor.describe() +
+                               ", share memory: more than one element of the written-to tensor "
+                               "refers to a single memory location. Please clone() the tensor");
+    }
+  }
+}
+
 inline bool has_same_shape(const Tensor& a, const Tensor& b) {
   bool same = a.ndim() == b.ndim();
   for (int d = 0; same && d < a.ndim(); ++d) same = a.size(d) == b.size(d);
@@ -54,31 +66,26 @@ inline bool is_dense(const Tensor& tensor) {
 // Python.
 class StateLookup {
  public:
-  explicit StateLookup(const py::object& states) : holder_(states), states_(states.ptr()) {
-    if (PyDict_Check(states_)) next();
-  }
-  bool is_of(const py::object& states) const { return states.ptr() == states_; }
-  // Borrowed, or null.
-  PyObject* find(PyObject* parameter, Py_ssize_t position) {
-    if (PyList_Check(states_)) return PyList_GetItem(states_, position);
-    if (key_ == parameter) {
-      PyObject* const found = value_;
-      next();
-      return found;
+  explicit StateLookup(const py::object& states) : states_(states) {}
+  bool is_of(const py::object& states) const { return states.ptr() == states_.ptr(); }
+  // None where there is none.
+  py::object find(PyObject* parameter, Py_ssize_t position) {
+    if (PyList_Check(states_.ptr())) {
+      return py::reinterpret_borrow<py::object>(PyList_GetItem(states_.ptr(), position));
     }
-    PyObject* const found = PyDict_GetItemWithError(states_, parameter);
+    PyObject *key, *value;
+    Py_ssize_t next = place_;
+    if (PyDict_Next(states_.ptr(), &next, &key, &value) && key == parameter) {
+      place_ = next;
+      return py::reinterpret_borrow<py::object>(value);
+    }
+    PyObject* const found = PyDict_GetItemWithError(states_.ptr(), parameter);
     if (found == nullptr && PyErr_Occurred()) throw py::error_already_set();
-    return found;
+    return found == nullptr ? py::none() : py::reinterpret_borrow<py::object>(found);
   }
 
  private:
-  void next() {
-    if (!PyDict_Next(states_, &place_, &key_, &value_)) key_ = nullptr;
-  }
-  py::object holder_;
-  PyObject* states_;
-  PyObject* key_ = nullptr;
-  PyObject* value_ = nullptr;
+  py::object states_;
   Py_ssize_t place_ = 0;
 };
 

@@ -27,7 +27,9 @@ struct OptimizerTable {
 class OptimizerPlan : public OptimizerTensors {
  public:
   OptimizerPlan(int rule, double gradient_scale, double clip_scale, bool write_gradient)
-      : OptimizerTensors(write_gradient), gradient_scale_(gradient_scale), clip_scale_(clip_scale) {
+      : OptimizerTensors(rule != static_cast<int>(OptimizerRule::kNone), write_gradient),
+        gradient_scale_(gradient_scale),
+        clip_scale_(clip_scale) {
     params_.rule = static_cast<OptimizerRule>(rule);
     params_.write_gradient = write_gradient;
   }

@@ -26,7 +26,8 @@ enum StateName : int {
 
 class OptimizerTensors {
  public:
-  explicit OptimizerTensors(bool writes_gradients) : writes_gradients_(writes_gradients) {}
+  OptimizerTensors(bool changes_parameters, bool writes_gradients)
+      : changes_parameters_(changes_parameters), writes_gradients_(writes_gradients) {}
 
   // Adds the parameters of a group that have a gradient. `states` is a dict by parameter or a list;
   // `grads` may be None for the .grad of each, `indices` None for counting from first_index,
@@ -42,9 +43,10 @@ class OptimizerTensors {
       lookup_ = std::make_unique<StateLookup>(states);
     }
     py::list missing;
-    const auto size = static_cast<Py_ssize_t>(params.size());
-    for (Py_ssize_t i = 0; i < size; ++i) {
-      PyObject* const parameter = PyList_GET_ITEM(params.ptr(), i);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
+      const auto holder =
+          py::reinterpret_borrow<py::object>(PyList_GET_ITEM(params.ptr(), i));
+      PyObject* const parameter = holder.ptr();
       py::object grad =
           grads.is_none()
               ? py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter, grad_name))
@@ -63,9 +65,9 @@ class OptimizerTensors {
           indices.is_none()
               ? first_index + static_cast<uint32_t>(i)
               : static_cast<uint32_t>(PyLong_AsLong(PyList_GetItem(indices.ptr(), i)));
-      PyObject* const state = lookup_->find(parameter, i);
+      const py::object state = lookup_->find(parameter, i);
       const Outcome outcome =
-          add_tensor(parameter, grad, state, names, source, tensor_flags, seed, index);
+          add_tensor(holder, grad, state, names, source, tensor_flags, seed, index);
       if (outcome == Outcome::kUnsupported) return py::none();
       if (outcome == Outcome::kMissing) missing.append(i);
     }
@@ -87,6 +89,7 @@ class OptimizerTensors {
       t.num_elements = view.num_elements();
       t.numbers = source_index({});
       if (!is_dense(view)) add_layout(&t, view, {{kGradient, &view}});
+      if (writes_gradients_) require_apart("a gradient that is written", view);
       changed_.append(grad);
       if (t.num_elements != 0) tensors_.push_back(t);
     }
@@ -190,7 +193,7 @@ class OptimizerTensors {
     const Tensor* tensor;
   };
 
-  Outcome add_tensor(PyObject* parameter, const py::object& grad, PyObject* state,
+  Outcome add_tensor(const py::object& parameter, const py::object& grad, const py::object& state,
                      const py::tuple& names, const OptimizerSource& group, uint32_t flags,
                      uint64_t seed, uint32_t index) {
     Tensor views[kNumOptimizerOperands];
@@ -209,8 +212,8 @@ class OptimizerTensors {
 
     const auto find = [&](int name) -> PyObject* {
       PyObject* const key = PyTuple_GET_ITEM(names.ptr(), name);
-      if (key == Py_None || state == nullptr) return nullptr;
-      PyObject* const found = PyDict_GetItemWithError(state, key);
+      if (key == Py_None || !PyDict_Check(state.ptr())) return nullptr;
+      PyObject* const found = PyDict_GetItemWithError(state.ptr(), key);
       if (found == nullptr && PyErr_Occurred()) throw py::error_already_set();
       return found == Py_None ? nullptr : found;
     };
@@ -240,6 +243,7 @@ class OptimizerTensors {
       if (!s.assign(object) || !has_same_shape(s, p)) throw_mismatch(name, s, p);
       require_same_device("optimizer step", name, s, p);
       if (wants(kFirstScale + i)) {
+        if (p.has_type(dlpack::kFloat, 64)) throw_mismatch(name, s, p);
         t.int8_states = true;
         Tensor scale;
         const int64_t blocks = (t.num_elements + kOptimizerBlock - 1) / kOptimizerBlock;
@@ -273,10 +277,16 @@ class OptimizerTensors {
     t.numbers = source_index(source);
 
     add_layout_if_needed(&t, views);
-    changed_.append(py::handle(parameter));
-    if (writes_gradients_ || flags & kZeroGradient) changed_.append(grad);
+    if (changes_parameters_) changed_.append(parameter);
+    if (writes_gradients_ || flags & kZeroGradient) {
+      require_apart("a gradient that is written", g);
+      changed_.append(grad);
+    }
     objects_.push_back(grad);
-    objects_.push_back(py::reinterpret_borrow<py::object>(state != nullptr ? state : Py_None));
+    objects_.push_back(parameter);
+    for (PyObject* object : found) {
+      if (object != nullptr) objects_.push_back(py::reinterpret_borrow<py::object>(object));
+    }
     if (t.num_elements != 0) tensors_.push_back(t);
     return Outcome::kAdded;
   }
@@ -340,12 +350,7 @@ class OptimizerTensors {
   // all operands share it.
   void add_layout_if_needed(OptimizerTensor* t, const Tensor* views) {
     const Tensor& p = views[kParameter];
-    for (int d = 0; d < p.ndim(); ++d) {
-      if (p.stride(d) == 0 && p.size(d) > 1 && t->num_elements != 0) {
-        throw std::runtime_error("optimizer step: elements of a parameter of " + p.describe() +
-                                 " share memory");
-      }
-    }
+    if (changes_parameters_) require_apart("a parameter", p);
     const bool by_index = t->int8_states || t->flags & kStochasticRounding;
     bool straight = by_index ? p.is_contiguous() : is_dense(p);
     for (int operand = 0; operand < kNumOptimizerOperands; ++operand) {
@@ -382,6 +387,7 @@ class OptimizerTensors {
     layouts_.push_back(layout);
   }
 
+  bool changes_parameters_;
   bool writes_gradients_;
   std::unique_ptr<StateLookup> lookup_;
   py::list changed_;

@@ -211,7 +211,8 @@ def optimizer_step_kernel(
     master_at = tl.load(at + 9)
     if MASTER == 1:
         low = tl.load(_pointer(master_at, tl.int16, ALIGNED) + index, mask=exists, other=0)
-        p = _float(_bits(p) + low.to(tl.int32))
+        joined = _float(_bits(p) + low.to(tl.int32))
+        p = tl.where(joined != joined, p, joined)
     if MASTER == 2:
         wide = tl.load(_pointer(master_at, tl.float32, ALIGNED) + index, mask=exists, other=0.0)
         p = tl.where(wide.to(P).to(tl.float32) == p, wide, p)

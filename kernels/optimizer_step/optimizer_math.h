@@ -111,9 +111,12 @@ PYFAST_HD BFloat16 split_master(float master, int16_t* remainder) {
   return {static_cast<uint16_t>(upper)};
 }
 
+// Where the two do not belong together (the parameter was set to zero or Inf from outside), the
+// parameter alone.
 PYFAST_HD float join_master(BFloat16 upper, int16_t remainder) {
-  return bits_to_float((static_cast<uint32_t>(upper.bits) << 16) +
-                       static_cast<uint32_t>(static_cast<int32_t>(remainder)));
+  const uint32_t rounded = static_cast<uint32_t>(upper.bits) << 16;
+  const uint32_t bits = rounded + static_cast<uint32_t>(static_cast<int32_t>(remainder));
+  return bits_to_float((bits & 0x7FFFFFFFu) > 0x7F800000u ? rounded : bits);
 }
 
 }  // namespace pyfast::PYFAST_ISA

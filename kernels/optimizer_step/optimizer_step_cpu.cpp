@@ -85,7 +85,9 @@ void run_item(const OptimizerStepParams& params, const OptimizerItem& item) {
     }
   }
   const int64_t num_blocks = item.count / kOptimizerBlock;
-  if (t.int8_states && t.layout < 0 && p == DType::kFloat32 && g == p && num_blocks > 0) {
+  const bool has_gap = t.operands[kState1] == nullptr && t.operands[kState2] != nullptr;
+  if (t.int8_states && t.layout < 0 && p == DType::kFloat32 && g == p && num_blocks > 0 &&
+      !has_gap) {
     run_coded<kRule>(params, t, item.begin, num_blocks);
     const int64_t done = num_blocks * kOptimizerBlock;
     const OptimizerItem rest = {item.tensor, static_cast<int32_t>(item.count - done),

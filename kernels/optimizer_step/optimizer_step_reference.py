@@ -179,8 +179,11 @@ def split_master(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_master(parameter: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 that a bfloat16 and its remainder stand for."""
-    return _from_bits((_float_bits(parameter.float()) + remainder.long()) & MASK)
+    """The float32 that a bfloat16 and its remainder stand for; the bfloat16 alone where they do not
+    belong together, because it was set to zero or Inf from outside."""
+    rounded = parameter.float()
+    joined = _from_bits((_float_bits(rounded) + remainder.long()) & MASK)
+    return torch.where(joined.isnan(), rounded, joined)
 
 
 def _value(item: Item, dtype: torch.dtype) -> Tensor:

@@ -120,7 +120,9 @@ class Missing:
         return any(self.positions)
 
 
-def _plan(rule: Rule, groups: Sequence[Group], numbers: tuple[float, float, bool]) -> Any:
+def _plan(
+    rule: Rule, groups: Sequence[Group], numbers: tuple[float, float, bool], on_cpu: bool = True
+) -> Any:
     """The native plan, the states that are missing for it, or None for what it cannot take."""
     plan = native.OptimizerPlan(int(rule), *numbers)
     missing = Missing()
@@ -130,7 +132,7 @@ def _plan(rule: Rule, groups: Sequence[Group], numbers: tuple[float, float, bool
             group.grads,
             group.states,
             group.names,
-            tuple(group.hyper),
+            tuple(map(float, group.hyper)) if on_cpu else tuple(group.hyper),
             int(group.flags),
             group.seed & 0xFFFFFFFFFFFFFFFF,
             group.first_index,
@@ -154,17 +156,17 @@ def _step_cpu(rule: Rule, groups: Sequence[Group], scaling: Scaling, _: Workspac
 
 
 def _step_cuda(rule: Rule, groups: Sequence[Group], scaling: Scaling, workspace: Workspace) -> Any:
-    plan = _plan(rule, groups, (1.0, 1.0, scaling.unscale is not None))
+    plan = _plan(rule, groups, (1.0, 1.0, scaling.unscale is not None), False)
     if plan is not None and not isinstance(plan, Missing):
-        changed = plan.changed()
-        if changed:
-            table, memory = workspace.get(plan.table_size(), changed[0])
-            plan.run_cuda(table, memory, scaling.unscale, scaling.clip, scaling.found_inf)
-            torch._C._increment_version(changed)
+        table, memory = workspace.get(plan.table_size(), groups[0].params[0])
+        plan.run_cuda(table, memory, scaling.unscale, scaling.clip, scaling.found_inf)
+        torch._C._increment_version(plan.changed())
     return plan
 
 
-def _items(groups: Sequence[Group]) -> tuple[list[Item], list[Tensor], Missing] | None:
+def _items(
+    groups: Sequence[Group], writes: bool
+) -> tuple[list[Item], list[Tensor], Missing] | None:
     """The items of a step, their step counts, and which states are missing; None for what no kernel
     takes."""
     items: list[Item] = []
@@ -203,10 +205,28 @@ def _items(groups: Sequence[Group]) -> tuple[list[Item], list[Tensor], Missing] 
                 group.first_index + i if group.indices is None else group.indices[i],
                 group.seed,
             )
+            if grad.shape != p.shape:
+                raise ValueError(
+                    f"optimizer step: the gradient of a parameter of {tuple(p.shape)} does not fit "
+                    f"to it, got {tuple(grad.shape)}"
+                )
+            if writes or item.flags & Flag.ZERO_GRADIENT:
+                _require_apart(grad)
             _check_item(item, names, found)
             items.append(item)
             steps += [] if step is None else [step]
     return items, steps, missing
+
+
+def _require_apart(grad: Tensor) -> None:
+    if any(
+        stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)
+    ):
+        raise RuntimeError(
+            f"optimizer step: elements of a gradient that is written, {tuple(grad.shape)}, share "
+            "memory: more than one element of the written-to tensor refers to a single memory "
+            "location. Please clone() the tensor"
+        )
 
 
 def _names_for(p: Tensor, names: tuple[str | None, ...]) -> tuple[str | None, ...]:
@@ -247,7 +267,7 @@ def _check_item(item: Item, names: tuple[str | None, ...], found: list[Any]) -> 
 
 
 def _step_reference(rule: Rule, groups: Sequence[Group], scaling: Scaling, _: Workspace) -> Any:
-    found = _items(groups)
+    found = _items(groups, scaling.unscale is not None)
     if found is None:
         return None
     items, steps, missing = found
@@ -267,7 +287,7 @@ def _step_triton(rule: Rule, groups: Sequence[Group], scaling: Scaling, _: Works
             "optimizer step: Triton counts steps on the host; capturing a graph needs the native "
             "CUDA kernels (an install with nvcc)"
         )
-    found = _items(groups)
+    found = _items(groups, scaling.unscale is not None)
     if found is None:
         return None
     items, steps, missing = found
@@ -339,20 +359,21 @@ def square_sum(grads: list[Tensor]) -> Tensor:
     return torch.stack([grad.double().square().sum() for grad in grads]).sum()
 
 
-def scale(grads: list[Tensor], divisor: Tensor) -> None:
-    """Divide every gradient in place by a float32 scalar on its device."""
+def scale(grads: list[Tensor], factor: Tensor) -> None:
+    """Multiply every gradient in place by a float64 scalar on its device."""
     like = grads[0]
     backend = _optimizer_step.backend_of(like)
-    if backend in ("cpu", "cuda"):
-        factor = 1.0 / float(divisor) if backend == "cpu" else 1.0
-        plan = native.OptimizerPlan(int(Rule.NONE), factor, 1.0, True)
+    is_double = any(grad.dtype == torch.float64 for grad in grads)
+    if backend == "cpu" or (backend == "cuda" and not is_double):
+        number = float(factor) if backend == "cpu" else 1.0
+        plan = native.OptimizerPlan(int(Rule.NONE), number, 1.0, True)
         if plan.add_gradients(grads, PLAIN_TYPES):
             if backend == "cpu":
                 plan.run(get_num_threads())
             else:
                 table, memory = Workspace().get(plan.table_size(), like)
-                plan.run_cuda(table, memory, divisor, None, None)
+                plan.run_cuda(table, memory, (1 / factor).float(), None, None)
             torch._C._increment_version(plan.changed())
             return
     for grad in grads:
-        grad.div_(divisor)
+        grad.mul_(factor)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import _backend, _random
+from .. import _backend
 from ..ops.optimizer_step import (
     KERNELS,
     Group,
@@ -28,6 +28,7 @@ from ..ops.optimizer_step import (
 )
 from . import _extras
 from ._distributed import local, total_norm
+from ._ema import swapped
 from ._parts import has_duplicates, kind_of, part_of
 
 
@@ -42,6 +43,7 @@ class FusedOptimizer(Optimizer):
     _grad_norm: Tensor | None = None
     _loading: dict[str, Any] | None = None
     _others: bool | None = None
+    _is_made = False
     _kept: Workspace | None = None
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str | None, ...]:
@@ -59,12 +61,13 @@ class FusedOptimizer(Optimizer):
         """Called by constructors, after torch's: takes the extras into defaults and groups."""
         given = _extras.checked(type(self).__name__, extras)
         if given.get("stochastic_rounding") and "seed" not in given:
-            given["seed"] = _new_seed()
+            given["seed"] = _extras.new_seed()
         self.defaults.update(given)
         for group in self.param_groups:
             for name, value in given.items():
                 group.setdefault(name, value)
             self._check_group(group)
+        self._is_made = True
 
     def _check_group(self, group: dict[str, Any]) -> None:
         name = type(self).__name__
@@ -77,11 +80,13 @@ class FusedOptimizer(Optimizer):
             )
         _extras.check_group(name, group)
         if group.get("stochastic_rounding") and group.get("seed") is None:
-            group["seed"] = _new_seed()
+            group["seed"] = _extras.new_seed()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._others = None
         super().add_param_group(param_group)
+        if not self._is_made:  # the constructor checks, when it knows the extras
+            return
         try:
             self._check_group(self.param_groups[-1])
         except Exception:
@@ -98,10 +103,16 @@ class FusedOptimizer(Optimizer):
     # set it where their own step does.
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        return not self._is_torchs() and not any(
+        if self._is_torchs():
+            return False
+        params = [p for group in self.param_groups for p in group["params"]]
+        if any(p.grad is not None and p.grad.is_sparse for p in params):
+            return False
+        return not self._has_other_parameters() or not any(
             group.get("differentiable")
-            or any(p.is_complex() or (p.grad is not None and p.grad.is_sparse) for p in params)
-            for group, params in ((group, group["params"]) for group in self.param_groups)
+            or has_duplicates(group["params"])
+            or not all(is_plain(local(p)) for p in group["params"])
+            for group in self.param_groups
         )
 
     @_step_supports_amp_scaling.setter
@@ -110,7 +121,7 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._others = None
+        self._others, self._is_made = None, True
         if self._loading is not None:
             _extras.restore(self, self._loading)
 
@@ -137,7 +148,7 @@ class FusedOptimizer(Optimizer):
             handle.remove()
             self._loading = None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # the public one is heavy to import
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step, of all parameters in one pass.
 
@@ -377,23 +388,11 @@ class FusedOptimizer(Optimizer):
             for p in group["params"]
             if "ema" in self.state.get(p, {})
         ]
-        kept = [p.detach().clone() for p, _ in pairs]
-        try:
-            with torch.no_grad():
-                for p, ema in pairs:
-                    p.copy_(ema)
+        with swapped(pairs):
             yield
-        finally:
-            with torch.no_grad():
-                for (p, _), value in zip(pairs, kept, strict=True):
-                    p.copy_(value)
 
 
 # Its name in torch 2.11 or after.
 _check_capture: Callable[[Optimizer], None] = getattr(
     Optimizer, "_accelerator_graph_capture_health_check", None
 ) or getattr(Optimizer, "_cuda_graph_capture_health_check")  # noqa: B009
-
-
-def _new_seed() -> int:
-    return int(_random.buffer.tensor.random_().item())

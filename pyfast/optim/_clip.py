@@ -61,9 +61,9 @@ def clip_grad_norm_(
                 "non-finite, so it cannot be clipped. To disable this error and scale the "
                 "gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
             )
-        divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0).float()
-        if norm.is_cuda or float(divisor) != 1:
-            scale(grads, divisor)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        if norm.is_cuda or float(factor) != 1:
+            scale(grads, factor)
     dtype = grads[0].dtype
     for grad in grads[1:]:
         dtype = torch.promote_types(dtype, grad.dtype)

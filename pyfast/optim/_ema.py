@@ -13,6 +13,21 @@ from torch import Tensor
 from ..ops.optimizer_step import Group, Hyper, Rule, optimizer_step
 
 
+@contextlib.contextmanager
+def swapped(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """In the block the first of each pair holds the values of the second; then its own again."""
+    kept = [p.detach().clone() for p, _ in pairs]
+    try:
+        with torch.no_grad():
+            for p, average in pairs:
+                p.copy_(average)
+        yield
+    finally:
+        with torch.no_grad():
+            for (p, _), value in zip(pairs, kept, strict=True):
+                p.copy_(value)
+
+
 class EMA:
     """An exponential moving average: ``average += (1 - decay) (parameter - average)``.
 
@@ -75,16 +90,8 @@ class EMA:
     @contextlib.contextmanager
     def average_parameters(self) -> Iterator[None]:
         """In the block parameters hold their averages; then, whatever happens, their own values."""
-        kept = [p.detach().clone() for p in self._parameters]
-        try:
-            with torch.no_grad():
-                for p, average in zip(self._parameters, self.averages, strict=True):
-                    p.copy_(average)
+        with swapped(list(zip(self._parameters, self.averages, strict=True))):
             yield
-        finally:
-            with torch.no_grad():
-                for p, value in zip(self._parameters, kept, strict=True):
-                    p.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """``decay`` and ``averages``, the tensors themselves."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _random
 from ..kernels.optimizer_step.optimizer_step_reference import (
     BLOCK_SIZE,
     decode_int8,
@@ -107,6 +108,10 @@ def check_group(optimizer: str, group: dict[str, Any]) -> None:
             raise ValueError(
                 f"{optimizer}: state_dtype must not be 'int8' for DTensor parameters, got 'int8'"
             )
+
+
+def new_seed() -> int:
+    return int(_random.buffer.tensor.random_().item())
 
 
 def refuse(optimizer: str, group: dict[str, Any]) -> None:

@@ -26,6 +26,10 @@ def kind_of(p: Tensor, group: dict[str, Any], rule: Rule) -> Any:
     grad = p.grad
     assert grad is not None
     if is_dtensor(p) and is_dtensor(grad):
+        placed: Any = p
+        if grad.placements != placed.placements or grad.device_mesh != placed.device_mesh:  # type: ignore[attr-defined]
+            # Sums that are still in parts, for example: what torch's ops would do.
+            grad = p.grad = grad.redistribute(placed.device_mesh, placed.placements)  # type: ignore[attr-defined]
         p, grad = local(p), local(grad)
     if grad.is_neg():
         # Memory holds the values with the other sign, as that of z.conj().imag does.

@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 from ..ops.optimizer_step import Flag, Hyper, Rule
 from ._base import FusedOptimizer
 from ._doc import documented
+from ._extras import check_group
 
 
 @documented
@@ -56,6 +57,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         )
 
     def _hyper(self, group: dict[str, Any]) -> tuple[Hyper, int]:
+        if group["centered"] and group.get("state_dtype") == "int8":  # from a checkpoint
+            check_group(type(self).__name__, group)
         flags = Flag.CENTERED * group["centered"] | Flag.MAXIMIZE * group["maximize"]
         hyper = Hyper(
             group["lr"],
