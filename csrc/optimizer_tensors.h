@@ -44,8 +44,7 @@ class OptimizerTensors {
     }
     py::list missing;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
-      const auto holder =
-          py::reinterpret_borrow<py::object>(PyList_GET_ITEM(params.ptr(), i));
+      const auto holder = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(params.ptr(), i));
       PyObject* const parameter = holder.ptr();
       py::object grad =
           grads.is_none()

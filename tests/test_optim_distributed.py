@@ -198,6 +198,27 @@ def check_fsdp_checkpoint(rank: int) -> None:
             assert_same_locally((other, loaded), (net, ours))
 
 
+def check_partial_gradients(rank: int) -> None:
+    """A replicated weight and sharded inputs: its gradient is a sum that is still in parts."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_module
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    x = DTensor.from_local(torch.full((2, 3), rank + 1.0), mesh, [Shard(0)])
+    weights, norms = [], []
+    for library in (torch.optim, pyfast.optim):
+        net = nn.Linear(3, 2, bias=False)
+        nn.init.ones_(net.weight)
+        net = distribute_module(net, mesh)
+        net(x).sum().backward()
+        optimizer = library.SGD(net.parameters(), lr=0.1)
+        optimizer.step()
+        weights.append(net.weight.to_local())
+        norms.append(net.weight.grad.full_tensor().norm())
+    torch.testing.assert_close(*weights)
+    torch.testing.assert_close(*norms)
+
+
 def check_fsdp_patched(rank: int) -> None:
     (net, patched), (other, ours) = sharded(torch.optim.AdamW), sharded(pyfast.optim.AdamW)
     train(net, patched, rank, range(2))
@@ -238,6 +259,7 @@ def check_fsdp(rank: int) -> None:
     check_fsdp_clips_globally(rank)
     check_fsdp_checkpoint(rank)
     check_fsdp_patched(rank)
+    check_partial_gradients(rank)
     check_fsdp_extras(rank)
 
 

@@ -1,0 +1,139 @@
+"""What others do to parameters, gradients and states between steps: nothing of it may crash or be
+silently wrong."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from conftest import Backend
+from torch import Tensor
+
+import pyfast.optim as optim
+
+
+def train(optimizer: torch.optim.Optimizer, params: list[Tensor], steps: int = 1) -> None:
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+
+
+def test_float64_after_int8_states() -> None:
+    """model.double() leaves states behind that the kernel cannot take: codes of one byte."""
+    p = torch.ones(3000).requires_grad_()
+    optimizer = optim.SGD([p], lr=0.1, momentum=0.9, state_dtype="int8")
+    train(optimizer, [p])
+    p.data = p.data.double()
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"momentum_buffer .* does not fit"):
+        optimizer.step()
+
+
+def test_int8_states_of_a_centered_checkpoint() -> None:
+    p = torch.ones(1000).requires_grad_()
+    other = torch.optim.RMSprop([p], centered=True)
+    train(other, [p])
+    optimizer = optim.RMSprop([p], state_dtype="int8")
+    optimizer.load_state_dict(other.state_dict())
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match="int8"):
+        train(optimizer, [p])
+    assert torch.equal(p, before)
+
+
+def test_states_replaced_by_another_thread() -> None:
+    """What a step works on stays alive until it is done."""
+    params = [torch.ones(1 << 18).requires_grad_() for _ in range(4)]
+    optimizer = optim.AdamW(params)
+    train(optimizer, params)
+    stop = threading.Event()
+
+    def replace() -> None:
+        while not stop.is_set():
+            for p in params:
+                optimizer.state[p]["exp_avg"] = torch.zeros(1 << 18)
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    end = time.perf_counter() + 1.0
+    while time.perf_counter() < end:
+        optimizer.step()
+    stop.set()
+    thread.join()
+    assert all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.parametrize("change", ["mul", "clamp", "zero", "inf"])
+def test_master_weights_changed_from_outside(backend: Backend, change: str) -> None:
+    p = torch.randn(4000, device=backend.device).bfloat16().requires_grad_()
+    optimizer = optim.AdamW([p], lr=0.01, master_weights=True)
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+        with torch.no_grad():
+            if change == "mul":
+                p.mul_(torch.rand(4000, device=p.device) < 0.5)
+            elif change == "clamp":
+                p.clamp_(min=0)
+            else:
+                p[::7] = 0.0 if change == "zero" else float("inf")
+    assert not p.isnan().any()
+
+
+def test_gradient_with_shared_memory_is_not_written(backend: Backend) -> None:
+    p = torch.ones(1000, device=backend.device).requires_grad_()
+    optimizer = optim.SGD([p], lr=1.0, zero_grads=True)
+    p.grad = torch.ones(1, device=backend.device).expand(1000)
+    with pytest.raises(RuntimeError, match="refers to a single memory location"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones_like(p))
+    with pytest.raises(RuntimeError, match="refers to a single memory location"):
+        optim.clip_grad_norm_([p], 1.0)
+
+
+class Weight(torch.nn.Parameter):
+    pass
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "RMSprop", "Adamax"])
+def test_scaler_with_what_torch_steps(name: str) -> None:
+    """Of a subclass of Parameter, GradScaler unscales the gradients itself."""
+    results = []
+    for library in (torch.optim, optim):
+        p = Weight(torch.ones(5))
+        optimizer = getattr(library, name)([p], lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler.scale((p * p).sum()).backward()
+        scaler.step(optimizer)
+        assert p.grad is not None
+        results.append((p.detach(), p.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_clip_grad_norm_of_float64() -> None:
+    for scale in (1.0, 1e100):
+        p = torch.ones(100, dtype=torch.float64).requires_grad_()
+        p.grad = torch.randn(100, dtype=torch.float64) * scale
+        expected = p.grad / p.grad.norm()
+        optim.clip_grad_norm_([p], 1.0)
+        torch.testing.assert_close(p.grad, expected, rtol=1e-6 / scale + 1e-12, atol=1e-12)
+
+
+def test_groups_that_name_the_norm() -> None:
+    p, q = torch.ones(3).requires_grad_(), torch.ones(3).requires_grad_()
+    optim.AdamW([{"params": [p], "max_grad_norm": 1.0}, {"params": [q]}], max_grad_norm=1.0)
+    with pytest.raises(ValueError, match="max_grad_norm must be that of the whole optimizer"):
+        optim.AdamW([{"params": [p], "max_grad_norm": 2.0}], max_grad_norm=1.0)
+
+
+def test_average_between_forward_and_backward() -> None:
+    """Parameters are read, not changed: the graph stays valid."""
+    p = torch.ones(3).requires_grad_()
+    average = optim.EMA([p])
+    loss = (p * p).sum()
+    average.update()
+    loss.backward()
+    assert p.grad is not None and torch.equal(p.grad, torch.full((3,), 2.0))
