@@ -170,7 +170,8 @@ class OptimizerPlan : public OptimizerTensors {
   const T* scalar(const char* name, const py::object& object, Tensor* holder, int bits) {
     if (object.is_none()) return nullptr;
     if (!assign_view(holder, object) || holder->num_elements() != 1 ||
-        !holder->has_type(dlpack::kFloat, bits) || holder->device().type != device_.type) {
+        !holder->has_type(dlpack::kFloat, bits) || holder->device().type != device_.type ||
+        holder->device().id != device_.id) {
       throw py::value_error(std::string("optimizer step: ") + name + " must be one float" +
                             std::to_string(bits) + " with the parameters, got " + text_of(*holder));
     }

@@ -137,3 +137,26 @@ def test_average_between_forward_and_backward() -> None:
     average.update()
     loss.backward()
     assert p.grad is not None and torch.equal(p.grad, torch.full((3,), 2.0))
+
+
+def test_checkpoint_with_wrong_extras() -> None:
+    """Refused before anything is taken over."""
+    p = torch.ones(3).requires_grad_()
+    optimizer = optim.AdamW([p], lr=0.5)
+    state_dict = optim.AdamW([p], lr=0.1).state_dict()
+    state_dict["param_groups"][0]["max_grad_norm"] = -5
+    with pytest.raises(ValueError, match="max_grad_norm must be"):
+        optimizer.load_state_dict(state_dict)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_step_count_of_another_dtype() -> None:
+    p = torch.ones(3).requires_grad_()
+    other = torch.optim.AdamW([p])
+    train(other, [p], 2)
+    state_dict = other.state_dict()
+    state_dict["state"][0]["step"] = torch.tensor(2)
+    optimizer = optim.AdamW([p])
+    optimizer.load_state_dict(state_dict)
+    train(optimizer, [p])
+    assert optimizer.state[p]["step"].item() == 3

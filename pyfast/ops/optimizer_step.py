@@ -81,6 +81,15 @@ class Scaling:
     clip: Tensor | None = None
     found_inf: Tensor | None = None
 
+    def on(self, device: torch.device) -> Scaling:
+        """The same, with its tensors on another device."""
+        tensors = (self.unscale, self.clip, self.found_inf)
+        return Scaling(*(None if tensor is None else tensor.to(device) for tensor in tensors))
+
+    def skips(self) -> bool:
+        """Whether the step is left out; waits for the device."""
+        return self.found_inf is not None and bool(self.found_inf.item())
+
     def numbers(self) -> tuple[float, float, bool]:
         """The factors, and whether gradients are written."""
         gradient = 1.0 if self.unscale is None else 1.0 / float(self.unscale)
@@ -120,6 +129,13 @@ class Missing:
         return any(self.positions)
 
 
+def _on_device(number: float | Tensor, like: Tensor | None) -> float | Tensor:
+    """A number of a group; a tensor of it stays one where the kernel runs on its device."""
+    if like is None or not isinstance(number, Tensor):
+        return float(number)
+    return number.to(like.device)
+
+
 def _plan(
     rule: Rule, groups: Sequence[Group], numbers: tuple[float, float, bool], on_cpu: bool = True
 ) -> Any:
@@ -132,7 +148,7 @@ def _plan(
             group.grads,
             group.states,
             group.names,
-            tuple(map(float, group.hyper)) if on_cpu else tuple(group.hyper),
+            tuple(_on_device(n, None if on_cpu else group.params[0]) for n in group.hyper),
             int(group.flags),
             group.seed & 0xFFFFFFFFFFFFFFFF,
             group.first_index,
@@ -147,6 +163,8 @@ def _plan(
 
 
 def _step_cpu(rule: Rule, groups: Sequence[Group], scaling: Scaling, _: Workspace) -> Any:
+    if scaling.skips():
+        return Missing()
     plan = _plan(rule, groups, scaling.numbers())
     if plan is not None and not isinstance(plan, Missing):
         plan.run(get_num_threads())
@@ -267,6 +285,8 @@ def _check_item(item: Item, names: tuple[str | None, ...], found: list[Any]) -> 
 
 
 def _step_reference(rule: Rule, groups: Sequence[Group], scaling: Scaling, _: Workspace) -> Any:
+    if scaling.skips():
+        return Missing()
     found = _items(groups, scaling.unscale is not None)
     if found is None:
         return None
@@ -295,8 +315,7 @@ def _step_triton(rule: Rule, groups: Sequence[Group], scaling: Scaling, _: Works
         return missing
     if not items:
         return True
-    skips = scaling.found_inf is not None and bool(scaling.found_inf.item())
-    for step in () if skips else steps:
+    for step in () if scaling.skips() else steps:
         step += 1
     with torch.cuda.device_of(items[0].gradient):
         optimizer_step_triton(rule, items, scaling.unscale, scaling.clip, scaling.found_inf)
@@ -337,7 +356,8 @@ def optimizer_step(
         dtypes; nothing has been done then.
     """
     kernel = _optimizer_step.kernels[_optimizer_step.backend_of(like)]
-    done = kernel(rule, groups, scaling or Scaling(), workspace or Workspace())
+    scaling = Scaling() if scaling is None else scaling.on(like.device)
+    done = kernel(rule, groups, scaling, workspace or Workspace())
     if done is None or isinstance(done, Missing):
         return done
     return Missing()

@@ -71,7 +71,7 @@ class FusedOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         name = type(self).__name__
-        _extras.checked(name, {key: group[key] for key in _extras.DEFAULTS if key in group})
+        _extras.check_values(name, group)
         limit = self.defaults.get("max_grad_norm")
         if group.get("max_grad_norm") != limit:
             raise ValueError(
@@ -138,6 +138,8 @@ class FusedOptimizer(Optimizer):
         }
 
         def capture(_: Optimizer, found: dict[str, Any]) -> None:
+            for group in found["param_groups"]:
+                _extras.check_values(type(self).__name__, group)
             loading["state_dict"] = found
 
         handle = self.register_load_state_dict_pre_hook(capture)
@@ -205,13 +207,12 @@ class FusedOptimizer(Optimizer):
         the kernels do not take. Cheap: asked at every step."""
         if self._others is None:
             self._others = any(
-                group.get("differentiable")
-                or has_duplicates(group["params"])
+                has_duplicates(group["params"])
                 or not all(map(is_plain, group["params"]))
                 or len({p.device for p in group["params"]} | {self._device()}) > 1
                 for group in self.param_groups
             )
-        return self._others
+        return self._others or any(group.get("differentiable") for group in self.param_groups)
 
     def _is_torchs(self) -> bool:
         """Whether no kernel serves the device, and torch's own code does all that is asked for: it

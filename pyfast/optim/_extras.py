@@ -81,6 +81,11 @@ def checked(optimizer: str, extras: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in extras.items() if value != DEFAULTS[name]}
 
 
+def check_values(optimizer: str, group: dict[str, Any]) -> None:
+    """ValueError for a wrong extra in a group."""
+    checked(optimizer, {name: group[name] for name in DEFAULTS if name in group})
+
+
 def check_group(optimizer: str, group: dict[str, Any]) -> None:
     """ValueError for extras that do not go together, or with the parameters."""
     state_dtype, rounding = group.get("state_dtype"), group.get("stochastic_rounding", False)
@@ -196,6 +201,9 @@ def _restore_state(
     saved: dict[str, Any],
 ) -> None:
     state = optimizer.state[p]
+    step = state.get("step")
+    if isinstance(step, Tensor) and step.dtype not in (torch.float32, torch.float64):
+        state["step"] = step.float()
     for name in ("ema", "master", "remainder"):
         if isinstance(saved.get(name), Tensor):
             state[name] = saved[name].detach().to(p.device, copy=True)
