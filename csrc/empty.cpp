@@ -75,21 +75,6 @@ struct Output {
   size_t block_bytes = 0;
 };
 
-// True when the elements fill one gapless block, each in a place of its own.
-bool is_dense(const Tensor& x) {
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  for (int d = 0; d < x.ndim(); ++d) {
-    if (x.size(d) != 1) dims.emplace_back(x.stride(d), x.size(d));
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
 // A tensor of the type of `like`, or None where torch should make it.
 py::object make(const Tensor& like, std::vector<int64_t> shape, std::vector<int64_t> strides) {
   const dlpack::ExchangeApi* api = like.api();
@@ -126,7 +111,7 @@ py::object make(const Tensor& like, std::vector<int64_t> shape, std::vector<int6
 
 // A tensor of x's type, shape and strides.
 py::object empty_like(const Tensor& x) {
-  if (!is_dense(x)) return py::none();
+  if (!x.is_dense()) return py::none();
   std::vector<int64_t> shape, strides;
   for (int d = 0; d < x.ndim(); ++d) {
     shape.push_back(x.size(d));

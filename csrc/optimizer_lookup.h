@@ -45,22 +45,6 @@ inline bool has_same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// True when the elements fill a block of memory, in any order of the dimensions.
-inline bool is_dense(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return true;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  for (int d = 0; d < tensor.ndim(); ++d) {
-    if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
 // Finds the state of each parameter of a list in turn. A dict holds them in the order in which
 // they were first stepped, mostly that of the list: following it saves hashing, a call into
 // Python.

@@ -87,7 +87,7 @@ class OptimizerTensors {
       t.dtypes[kParameter] = t.dtypes[kGradient];
       t.num_elements = view.num_elements();
       t.numbers = source_index({});
-      if (!is_dense(view)) add_layout(&t, view, {{kGradient, &view}});
+      if (!view.is_dense()) add_layout(&t, view, {{kGradient, &view}});
       if (writes_gradients_) require_apart("a gradient that is written", view);
       changed_.append(grad);
       if (t.num_elements != 0) tensors_.push_back(t);
@@ -351,7 +351,7 @@ class OptimizerTensors {
     const Tensor& p = views[kParameter];
     if (changes_parameters_) require_apart("a parameter", p);
     const bool by_index = t->int8_states || t->flags & kStochasticRounding;
-    bool straight = by_index ? p.is_contiguous() : is_dense(p);
+    bool straight = by_index ? p.is_contiguous() : p.is_dense();
     for (int operand = 0; operand < kNumOptimizerOperands; ++operand) {
       if (t->operands[operand] == nullptr) continue;
       straight = straight && has_same_strides(views[operand], p);

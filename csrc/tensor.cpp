@@ -1,5 +1,9 @@
 #include "tensor.h"
 
+#include <algorithm>
+#include <utility>
+#include <vector>
+
 namespace pyfast {
 namespace {
 
@@ -85,6 +89,21 @@ bool Tensor::is_contiguous() const {
   for (int d = ndim() - 1; d >= 0; --d) {
     if (size(d) != 1 && stride(d) != expected) return num_elements() == 0;
     expected *= size(d);
+  }
+  return true;
+}
+
+bool Tensor::is_dense() const {
+  if (is_contiguous()) return true;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int d = 0; d < ndim(); ++d) {
+    if (size(d) != 1) dims.emplace_back(stride(d), size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [dim_stride, dim_size] : dims) {
+    if (dim_stride != expected) return false;
+    expected *= dim_size;
   }
   return true;
 }

@@ -35,6 +35,8 @@ class Tensor {
   int64_t stride(int d) const { return strides_ != nullptr ? strides_[d] : contiguous_stride(d); }
   int64_t num_elements() const;
   bool is_contiguous() const;
+  // True when the elements fill one gapless block, each in a place of its own, in any order.
+  bool is_dense() const;
   bool is_cpu() const { return view_.device.type == dlpack::kCpu; }
   bool is_cuda() const { return view_.device.type == dlpack::kCuda; }
   const dlpack::Tensor& view() const { return view_; }

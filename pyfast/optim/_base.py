@@ -161,8 +161,8 @@ class FusedOptimizer(Optimizer):
             What the closure returned, else None.
 
         Raises:
-            RuntimeError: for sparse gradients, with torch's text. No parameter, state or step count
-                has changed then, nor after any other error.
+            RuntimeError: for sparse gradients, with torch's text. Nothing has changed after an
+                error, but for parameters of another kind (complex, another device).
         """
         if "capturable" in self.defaults:
             _check_capture(self)

@@ -17,7 +17,8 @@ _TEXT = """{name} as ``torch.optim.{name}``, whose arguments, defaults, errors, 
           results differ from torch's in the last places.
         * any strides, also where ``fused=True`` of torch on the CPU is wrong: transposed and
           expanded gradients, strided parameters.
-        * after an error no parameter, state or step count has changed.
+        * after an error no parameter, state or step count has changed, but for parameters of
+          another kind (complex, another device), which are stepped apart.
 {difference}
     Complex parameters, ``differentiable=True``, parameters given twice and, of SGD, sparse
     gradients are stepped by torch's own code. CPU results do not depend on the number of threads.
