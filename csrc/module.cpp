@@ -4,6 +4,7 @@
 #include "../kernels/common/isa.h"
 #include "../kernels/common/parallel.h"
 #include "bindings.h"
+#include "tensor.h"
 
 namespace py = pybind11;
 
@@ -36,6 +37,7 @@ PYBIND11_MODULE(_C, m) {
     const char* error = pyfast::set_selected_isa(name);
     if (error != nullptr) throw py::value_error(std::string("CPU level '") + name + "': " + error);
   });
+  m.def("set_up", &pyfast::Tensor::set_up);
   pyfast::bind_empty(m);
   pyfast::bind_dropout(m);
   pyfast::bind_bias_dropout_add(m);

@@ -6,9 +6,49 @@
 #include <utility>
 #include <vector>
 
+#include "../kernels/optimizer_step/optimizer_step.h"
 #include "tensor.h"
 
 namespace pyfast {
+
+// The names of a parameter's state, each None or a str, in the order of this enum.
+enum StateName : int {
+  kStep,
+  kFirstState,
+  kFirstScale = 4,
+  kEmaName = 7,
+  kRemainder,
+  kMasterName,
+  kNumNames
+};
+
+// What a group says of its tensors.
+struct OptimizerGroup {
+  OptimizerSource source;
+  uint64_t seed;
+  py::tuple names;
+};
+
+// The Python objects of a parameter, borrowed.
+struct OptimizerObjects {
+  PyObject* parameter;
+  PyObject* gradient;
+  PyObject* states[kNumNames];  // null: none
+  int32_t group;
+  uint32_t flags;
+  uint32_t index;
+};
+
+// False for tensors that have no memory of their own to show (sparse ones for example).
+inline bool try_assign(Tensor* view, py::handle object) {
+  try {
+    return view->assign(object);
+  } catch (const py::error_already_set&) {
+    return false;
+  } catch (const std::runtime_error&) {
+    return false;
+  }
+}
 
 inline std::string text_of(const Tensor& tensor) {
   return tensor.view().dtype.bits == 0 ? "no tensor" : tensor.describe();

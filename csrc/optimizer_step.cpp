@@ -26,8 +26,9 @@ struct OptimizerTable {
 
 class OptimizerPlan : public OptimizerTensors {
  public:
-  OptimizerPlan(int rule, double gradient_scale, double clip_scale, bool write_gradient)
-      : OptimizerTensors(rule != static_cast<int>(OptimizerRule::kNone), write_gradient),
+  OptimizerPlan(int rule, double gradient_scale, double clip_scale, bool write_gradient,
+                OptimizerMemory* memory)
+      : OptimizerTensors(rule != static_cast<int>(OptimizerRule::kNone), write_gradient, memory),
         gradient_scale_(gradient_scale),
         clip_scale_(clip_scale) {
     params_.rule = static_cast<OptimizerRule>(rule);
@@ -37,8 +38,8 @@ class OptimizerPlan : public OptimizerTensors {
   double square_sum(int num_threads) {
     make_items(kPieceElements);
     std::vector<double> sums(pieces_.size());
-    SquareSumParams params = {tensors_.data(),
-                              layouts_.data(),
+    SquareSumParams params = {rows().tensors.data(),
+                              rows().layouts.data(),
                               items_.data(),
                               pieces_.data(),
                               static_cast<int64_t>(pieces_.size()) - 1,
@@ -54,12 +55,12 @@ class OptimizerPlan : public OptimizerTensors {
     count_steps();
     make_items(kPieceElements);
     std::vector<OptimizerNumbers<double>> numbers;
-    for (const OptimizerSource& source : sources_) {
+    for (const OptimizerSource& source : rows().sources) {
       numbers.push_back(
           base::optimizer_numbers(params_.rule, source, gradient_scale_, clip_scale_));
     }
-    params_.tensors = tensors_.data();
-    params_.layouts = layouts_.data();
+    params_.tensors = rows().tensors.data();
+    params_.layouts = rows().layouts.data();
     params_.numbers = numbers.data();
     params_.items = items_.data();
     params_.pieces = pieces_.data();
@@ -78,7 +79,7 @@ class OptimizerPlan : public OptimizerTensors {
       params.clip_scale = scalar<double>("clip_scale", clip_scale, &holders[1], 64);
       params.found_inf = scalar<float>("found_inf", found_inf, &holders[2], 32);
       count_steps();
-      if (!items_.empty()) launch_cuda(table, memory, params, optimizer_step_cuda);
+      if (!rows().sources.empty()) launch_cuda(table, memory, params, optimizer_step_cuda);
     }
   }
 
@@ -94,6 +95,8 @@ class OptimizerPlan : public OptimizerTensors {
     }
   }
 
+  bool counts_on_host() const { return !rows().steps.empty(); }
+
   int64_t num_items() {
     make_cuda_items();
     return static_cast<int64_t>(items_.size());
@@ -107,7 +110,7 @@ class OptimizerPlan : public OptimizerTensors {
 
  private:
   void count_steps() {
-    for (const auto& [pointer, is_double] : steps_) {
+    for (const auto& [pointer, is_double] : rows().steps) {
       if (is_double) {
         *static_cast<double*>(pointer) += 1;
       } else {
@@ -126,18 +129,18 @@ class OptimizerPlan : public OptimizerTensors {
       return (begin + static_cast<int64_t>(count * size) + 15) / 16 * 16;
     };
     Sections at = {};
-    at.tensors = after(0, sources_.size(), sizeof(OptimizerSource));
-    at.layouts = after(at.tensors, tensors_.size(), sizeof(OptimizerTensor));
-    at.items = after(at.layouts, layouts_.size(), sizeof(OptimizerLayout));
+    at.tensors = after(0, rows().sources.size(), sizeof(OptimizerSource));
+    at.layouts = after(at.tensors, rows().tensors.size(), sizeof(OptimizerTensor));
+    at.items = after(at.layouts, rows().layouts.size(), sizeof(OptimizerLayout));
     at.numbers = after(at.items, items_.size(), sizeof(OptimizerItem));
-    at.total = after(at.numbers, sources_.size(), sizeof(OptimizerNumbers<double>));
+    at.total = after(at.numbers, rows().sources.size(), sizeof(OptimizerNumbers<double>));
     return at;
   }
 
   // At most 65536 items, and none smaller than what keeps a block busy.
   void make_cuda_items() {
     int64_t elements = 0;
-    for (const OptimizerTensor& t : tensors_) elements += t.num_elements;
+    for (const OptimizerTensor& t : rows().tensors) elements += t.num_elements;
     const int64_t blocks = elements / 65536 / kOptimizerBlock + 1;
     make_items(std::max<int64_t>(4096, blocks * kOptimizerBlock), true);
   }
@@ -156,11 +159,11 @@ class OptimizerPlan : public OptimizerTensors {
     params.layouts = reinterpret_cast<const OptimizerLayout*>(base + at.layouts);
     params.items = reinterpret_cast<const OptimizerItem*>(base + at.items);
     params.numbers = reinterpret_cast<OptimizerNumbers<double>*>(base + at.numbers);
-    params.num_sources = static_cast<int64_t>(sources_.size());
+    params.num_sources = static_cast<int64_t>(rows().sources.size());
     params.num_items = static_cast<int64_t>(items_.size());
     params.gradient_scale = gradient_scale_;
     params.write_gradient = params_.write_gradient;
-    for (const OptimizerTensor& t : tensors_) {
+    for (const OptimizerTensor& t : rows().tensors) {
       params.is_double = params.is_double || t.dtypes[kParameter] == DType::kFloat64;
     }
     return params;
@@ -169,7 +172,7 @@ class OptimizerPlan : public OptimizerTensors {
   template <typename T>
   const T* scalar(const char* name, const py::object& object, Tensor* holder, int bits) {
     if (object.is_none()) return nullptr;
-    if (!assign_view(holder, object) || holder->num_elements() != 1 ||
+    if (!try_assign(holder, object) || holder->num_elements() != 1 ||
         !holder->has_type(dlpack::kFloat, bits) || holder->device().type != device_.type ||
         holder->device().id != device_.id) {
       throw py::value_error(std::string("optimizer step: ") + name + " must be one float" +
@@ -186,9 +189,9 @@ class OptimizerPlan : public OptimizerTensors {
       if (!items.empty())
         memcpy(&bytes[static_cast<size_t>(begin)], items.data(), items.size() * sizeof items[0]);
     };
-    put(at.sources, sources_);
-    put(at.tensors, tensors_);
-    put(at.layouts, layouts_);
+    put(at.sources, rows().sources);
+    put(at.tensors, rows().tensors);
+    put(at.layouts, rows().layouts);
     put(at.items, items_);
     const char* before = table->bytes.size() == bytes.size() && table->memory == memory.data()
                              ? table->bytes.data()
@@ -216,8 +219,8 @@ class OptimizerPlan : public OptimizerTensors {
     pieces_.assign(1, 0);
     total_elements_ = 0;
     int64_t room = piece_elements;
-    for (size_t i = 0; i < tensors_.size(); ++i) {
-      const int64_t size = tensors_[i].num_elements;
+    for (size_t i = 0; i < rows().tensors.size(); ++i) {
+      const int64_t size = rows().tensors[i].num_elements;
       total_elements_ += size;
       for (int64_t begin = 0; begin < size;) {
         if (apart) room = piece_elements;
@@ -252,15 +255,18 @@ class OptimizerPlan : public OptimizerTensors {
 
 void bind_optimizer_step(py::module_& m) {
   py::class_<OptimizerTable>(m, "OptimizerTable").def(py::init<>());
+  py::class_<OptimizerMemory>(m, "OptimizerMemory").def(py::init<>());
   py::class_<OptimizerPlan>(m, "OptimizerPlan")
-      .def(py::init<int, double, double, bool>())
+      .def(py::init<int, double, double, bool, OptimizerMemory*>(), py::keep_alive<1, 6>())
       .def("add_group", &OptimizerPlan::add_group)
+      .def("make_rows", &OptimizerPlan::make_rows)
       .def("add_gradients", &OptimizerPlan::add_gradients)
       .def("square_sum", &OptimizerPlan::square_sum)
-      .def("changed", &OptimizerPlan::changed)
+      .def("bump_versions", &OptimizerPlan::bump_versions)
       .def("run", &OptimizerPlan::run)
       .def("run_cuda", &OptimizerPlan::run_cuda)
       .def("square_sum_on_cuda", &OptimizerPlan::square_sum_on_cuda)
+      .def("counts_on_host", &OptimizerPlan::counts_on_host)
       .def("num_items", &OptimizerPlan::num_items)
       .def("table_size", &OptimizerPlan::table_size);
 }

@@ -4,6 +4,8 @@
 #include <utility>
 #include <vector>
 
+#include "torch_shim.h"
+
 namespace pyfast {
 namespace {
 
@@ -23,17 +25,31 @@ const dlpack::ExchangeApi* find_exchange_api(PyTypeObject* type) {
   return api;
 }
 
-// The same, with the answer for the type that was asked for first (nearly always torch.Tensor)
+// Tensors are nearly always of two types, torch.Tensor and Parameter. Their exchange tables are
 // kept: the lookup is a tenth of a small call.
+struct KnownType {
+  PyTypeObject* type;
+  const dlpack::ExchangeApi* api;
+};
+KnownType known_types[2] = {};
+
+// Null for other types.
+const dlpack::ExchangeApi* known_exchange_api(PyTypeObject* type) {
+  for (const KnownType& known : known_types) {
+    if (known.type == type) return known.api;
+  }
+  return nullptr;
+}
+
 const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
-  static PyTypeObject* known = nullptr;
-  static const dlpack::ExchangeApi* known_api = nullptr;
-  if (type == known) return known_api;
-  const dlpack::ExchangeApi* api = find_exchange_api(type);
-  if (known == nullptr && api != nullptr) {
+  const dlpack::ExchangeApi* api = known_exchange_api(type);
+  if (api != nullptr) return api;
+  api = find_exchange_api(type);
+  for (KnownType& known : known_types) {
+    if (known.type != nullptr || api == nullptr) continue;
     Py_INCREF(type);  // no other type can then have its address
-    known_api = api;
-    known = type;
+    known = {type, api};
+    break;
   }
   return api;
 }
@@ -53,10 +69,17 @@ Tensor::~Tensor() {
   if (managed_ != nullptr && managed_->deleter != nullptr) managed_->deleter(managed_);
 }
 
+bool Tensor::set_up(py::handle probe) {
+  return use_torch_shim(probe, probe.is_none() ? nullptr : exchange_api(Py_TYPE(probe.ptr())));
+}
+
 bool Tensor::assign(py::handle object) {
   api_ = exchange_api(Py_TYPE(object.ptr()));
   if (api_ != nullptr) {
-    if (api_->tensor_from_py_object(object.ptr(), &view_) != 0) throw py::error_already_set();
+    if (!view_of_torch_tensor(object, api_, &view_) &&
+        api_->tensor_from_py_object(object.ptr(), &view_) != 0) {
+      throw py::error_already_set();
+    }
   } else {
     if (!py::hasattr(object, "__dlpack__")) return false;
     py::object capsule = object.attr("__dlpack__")();
@@ -65,6 +88,15 @@ bool Tensor::assign(py::handle object) {
     PyCapsule_SetName(capsule.ptr(), "used_dltensor");
     view_ = managed_->tensor;
   }
+  return check_memory();
+}
+
+bool Tensor::assign_torch_tensor(py::handle object) {
+  api_ = known_exchange_api(Py_TYPE(object.ptr()));
+  return api_ != nullptr && view_of_torch_tensor(object, api_, &view_) && check_memory();
+}
+
+bool Tensor::check_memory() {
   strides_ = view_.strides;
   if (view_.data == nullptr && num_elements() != 0) {
     throw std::runtime_error("a tensor without memory: " + describe());

@@ -1,7 +1,7 @@
 // Tensors at the boundary. A function bound with pybind11 takes `const Tensor&` and gets a view of
-// any object that speaks DLPack: torch tensors through the exchange table of their type
-// (nanoseconds, no libtorch), everything else (numpy) through __dlpack__. The view lives as long as
-// the call.
+// any object that speaks DLPack: torch tensors through torch's C interface or the exchange table of
+// their type (nanoseconds, no libtorch), everything else (numpy) through __dlpack__. The view lives
+// as long as the call.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -26,8 +26,16 @@ class Tensor {
   Tensor& operator=(const Tensor&) = delete;
   ~Tensor();
 
+  // Whether torch's C interface reads tensors from now on. It does if it agrees with DLPack about
+  // `probe`, a torch tensor on the CPU; None turns it off.
+  static bool set_up(py::handle probe);
+
   // Fills the view from a Python object; false when the object is not a tensor.
   bool assign(py::handle object);
+
+  // The same for a torch tensor, and without Python: on any thread, while another one holds the
+  // GIL. False where torch's C interface cannot show it.
+  bool assign_torch_tensor(py::handle object);
 
   void* data() const { return static_cast<char*>(view_.data) + view_.byte_offset; }
   int ndim() const { return view_.ndim; }
@@ -53,6 +61,7 @@ class Tensor {
   void* current_stream() const;
 
  private:
+  bool check_memory();  // true, or throws
   int64_t contiguous_stride(int d) const;
 
   dlpack::Tensor view_ = {};

@@ -25,7 +25,9 @@ TRITON_DTYPES = KERNEL_DTYPES - {torch.float64}
 
 def _load_native() -> tuple[types.ModuleType | None, str]:
     try:
-        return importlib.import_module("._C", __package__), ""
+        module = importlib.import_module("._C", __package__)
+        module.set_up(torch.empty(2, 3, device="cpu"))
+        return module, ""
     except ImportError as error:
         if importlib.util.find_spec(f"{__package__}._C") is None:
             return None, "the native module was not built (installed with PYFAST_NATIVE=0?)"

@@ -179,7 +179,7 @@ const char* optimizer_step_cuda(const OptimizerCudaParams& params, void* stream)
   const int64_t prepare_blocks = (params.num_sources + kBlockThreads - 1) / kBlockThreads;
   const char* error = launch(prepare_kernel, dim3(static_cast<unsigned>(prepare_blocks)),
                              kBlockThreads, stream, params);
-  if (error != nullptr) return error;
+  if (error != nullptr || params.num_items == 0) return error;
   const dim3 grid(static_cast<unsigned>(params.num_items));
   error = launch(step_kernel<float>, grid, kBlockThreads, stream, params);
   if (error != nullptr || !params.is_double) return error;

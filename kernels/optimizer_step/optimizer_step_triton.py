@@ -23,6 +23,7 @@ from .optimizer_step_reference import (
 
 BLOCK = 1024
 NUM_NUMBERS = 16
+SIZE_COLUMN = 10  # of the table: behind the addresses of _operands
 
 
 class _Signature(NamedTuple):
@@ -108,6 +109,15 @@ def _operands(item: Item) -> list[Tensor | None]:
     return [item.parameter, item.gradient, *item.states, *item.scales, item.ema, item.master]
 
 
+def _programs(sizes: Tensor, num_programs: int) -> Tensor:
+    """The row of the table and the first element of each program, made on the device."""
+    counts = (sizes + (BLOCK - 1)) // BLOCK
+    rows = torch.arange(sizes.numel(), device=sizes.device)
+    row = torch.repeat_interleave(rows, counts, output_size=num_programs)
+    first = torch.arange(num_programs, device=sizes.device) - (counts.cumsum(0) - counts)[row]
+    return torch.stack([row, first * BLOCK], dim=1)
+
+
 def optimizer_step_triton(
     rule: Rule,
     items: list[Item],
@@ -124,8 +134,8 @@ def optimizer_step_triton(
             launches.setdefault(_signature(rule, item), []).append(item)
     for signature, members in launches.items():
         device = members[0].gradient.device
-        addresses, numbers, programs, copies = [], [], [], []
-        for row, item in enumerate(members):
+        addresses, numbers, copies = [], [], []
+        for item in members:
             dense = [None if t is None else t.contiguous() for t in _operands(item)]
             copies += [
                 (t, d)
@@ -139,13 +149,13 @@ def optimizer_step_triton(
             pointers = [0 if t is None else t.data_ptr() for t in dense]
             addresses.append([*pointers, size, to_signed(key), to_signed(salt)])
             numbers.append(_numbers(rule, item))
-            programs += [[row, begin] for begin in range(0, size, BLOCK)]
-        kept = [torch.tensor(rows, device=device) for rows in (addresses, programs)]
+        table = torch.tensor(addresses, device=device)
         floats = torch.tensor(numbers, dtype=torch.float32, device=device)
-        optimizer_step_kernel[(len(programs),)](
-            kept[0],
+        num_programs = sum(-(-item.gradient.numel() // BLOCK) for item in members)
+        optimizer_step_kernel[(num_programs,)](
+            table,
             floats,
-            kept[1],
+            _programs(table[:, SIZE_COLUMN], num_programs),
             found_inf,
             clip_scale,
             unscale,

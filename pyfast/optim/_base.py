@@ -16,16 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _backend
-from ..ops.optimizer_step import (
-    KERNELS,
-    Group,
-    Hyper,
-    Rule,
-    Scaling,
-    Workspace,
-    is_plain,
-    optimizer_step,
-)
+from ..ops._optimizer_groups import Group, is_plain
+from ..ops.optimizer_step import KERNELS, Hyper, Rule, Scaling, Workspace, optimizer_step
 from . import _extras
 from ._distributed import local, total_norm
 from ._ema import swapped
@@ -271,6 +263,7 @@ class FusedOptimizer(Optimizer):
             flags | _extras.flags(group),
             first_index,
             seed=group.get("seed") or 0,
+            options=group,
         )
 
     @staticmethod
@@ -283,13 +276,15 @@ class FusedOptimizer(Optimizer):
         missing = optimizer_step(self._rule, groups, like, scaling, self._workspace)
         if not missing:
             return missing is not None
+        if self._rule == Rule.SGD and scaling.skips():
+            # A momentum buffer begins as a gradient that is applied; this one is not.
+            self._zero_gradients()
+            return True
         created: list[tuple[Tensor, str]] = []
         try:
-            for group, source, positions in zip(
-                groups, self._sources(groups), missing.positions, strict=True
-            ):
+            for group, positions in zip(groups, missing.positions, strict=True):
                 if positions:
-                    group.fresh = self._init_states(group, source, positions, created)
+                    group.fresh = self._init_states(group, positions, created)
             return optimizer_step(self._rule, groups, like, scaling, self._workspace) is not None
         except Exception:
             for p, name in created:
@@ -298,20 +293,9 @@ class FusedOptimizer(Optimizer):
                     del self.state[p]
             raise
 
-    def _sources(self, groups: list[Group]) -> list[dict[str, Any]]:
-        """The param_group of each group."""
-        starts = [first for _, first in self._with_first_index()]
-        found = []
-        for group in groups:
-            index = group.first_index if group.indices is None else group.indices[0]
-            position = max(i for i, start in enumerate(starts) if start <= index)
-            found.append(self.param_groups[position])
-        return found
-
     def _init_states(
         self,
         group: Group,
-        source: dict[str, Any],
         positions: list[int],
         created: list[tuple[Tensor, str]],
     ) -> list[bool]:
@@ -323,7 +307,7 @@ class FusedOptimizer(Optimizer):
             for kind, name in enumerate(group.names):
                 if name is None or state.get(name) is not None:
                     continue
-                tensor = _extras.new_state(owner, source, kind)
+                tensor = _extras.new_state(owner, group.options, kind)
                 if tensor is not None:
                     state[name] = tensor
                     created.append((owner, name))

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.optimizer_step import is_plain, scale
+from ..ops._optimizer_groups import is_plain
+from ..ops.optimizer_step import scale
 from ._distributed import total_norm
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.optimizer_step import is_plain, square_sum
+from ..ops._optimizer_groups import is_plain
+from ..ops.optimizer_step import square_sum
 
 
 def is_dtensor(tensor: Any) -> bool:

@@ -28,6 +28,13 @@ def swapped(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
                 p.copy_(value)
 
 
+def _checked_decay(decay: Any) -> float:
+    is_number = isinstance(decay, numbers.Real) and not isinstance(decay, bool)
+    if not is_number or not 0 <= decay <= 1:
+        raise ValueError(f"EMA: decay must be a number in [0, 1], got {decay!r}")
+    return decay
+
+
 class EMA:
     """An exponential moving average: ``average += (1 - decay) (parameter - average)``.
 
@@ -55,10 +62,7 @@ class EMA:
             parameters = parameters.parameters()
         elif isinstance(parameters, Tensor):
             parameters = [parameters]
-        is_number = isinstance(decay, numbers.Real) and not isinstance(decay, bool)
-        if not is_number or not 0 <= decay <= 1:
-            raise ValueError(f"EMA: decay must be a number in [0, 1], got {decay!r}")
-        self.decay = decay
+        self.decay = _checked_decay(decay)
         self._parameters = list(parameters)
         for p in self._parameters:
             if not isinstance(p, Tensor) or not p.is_floating_point():
@@ -101,13 +105,14 @@ class EMA:
         """Take over what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: if the averages are not of as many tensors, or not of their shapes.
+            ValueError: if the averages are not of as many tensors, or not of their shapes, or for
+                a decay outside of [0, 1]. Nothing has changed then.
         """
         loaded = state_dict["averages"]
         shapes = [tuple(average.shape) for average in self.averages]
         if [tuple(tensor.shape) for tensor in loaded] != shapes:
             got = [tuple(tensor.shape) for tensor in loaded]
             raise ValueError(f"EMA: averages must have the shapes {shapes}, got {got}")
-        self.decay = state_dict["decay"]
+        self.decay = _checked_decay(state_dict["decay"])
         for average, tensor in zip(self.averages, loaded, strict=True):
             average.copy_(tensor)

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops.optimizer_step import Group, Rule, is_plain
+from ..ops._optimizer_groups import Group, is_plain
+from ..ops.optimizer_step import Rule
 from ._distributed import is_dtensor, local
 
 _SPARSE = {
