@@ -235,20 +235,20 @@ class OptimizerTensors {
     return source;
   }
 
-  // Objects that are read soon, brought into cache: each in three steps, as it leads to the next.
+  // Tensors that are read soon, brought into cache in three steps, as each leads to the next.
   void look_ahead(int64_t i, int64_t end) const {
-    const auto look = [&](int64_t distance, TorchPart part) {
+    const auto each = [&](int64_t distance, const auto& look) {
       if (i + distance >= end) return;
       const OptimizerObjects& ahead = memory_.objects[static_cast<size_t>(i + distance)];
-      prefetch_torch_tensor(ahead.parameter, part);
-      prefetch_torch_tensor(ahead.gradient, part);
+      look(ahead.parameter);
+      look(ahead.gradient);
       for (PyObject* state : ahead.states) {
-        if (state != nullptr) prefetch_torch_tensor(state, part);
+        if (state != nullptr) look(state);
       }
     };
-    look(12, TorchPart::kObject);
-    look(8, TorchPart::kTensor);
-    look(4, TorchPart::kStorage);
+    each(12, [](PyObject* object) { __builtin_prefetch(object); });
+    each(8, [](PyObject* object) { Tensor::prefetch(object, TorchPart::kTensor); });
+    each(4, [](PyObject* object) { Tensor::prefetch(object, TorchPart::kStorage); });
   }
 
   std::vector<OptimizerObjects>& objects() { return memory_.objects; }

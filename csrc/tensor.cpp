@@ -4,8 +4,6 @@
 #include <utility>
 #include <vector>
 
-#include "torch_shim.h"
-
 namespace pyfast {
 namespace {
 
@@ -94,6 +92,11 @@ bool Tensor::assign(py::handle object) {
 bool Tensor::assign_torch_tensor(py::handle object) {
   api_ = known_exchange_api(Py_TYPE(object.ptr()));
   return api_ != nullptr && view_of_torch_tensor(object, api_, &view_) && check_memory();
+}
+
+void Tensor::prefetch(py::handle object, TorchPart part) {
+  const dlpack::ExchangeApi* api = known_exchange_api(Py_TYPE(object.ptr()));
+  if (api != nullptr) prefetch_torch_tensor(object, api, part);
 }
 
 bool Tensor::check_memory() {

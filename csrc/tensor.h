@@ -14,6 +14,7 @@
 #include "../kernels/common/parallel.h"
 #include "../kernels/common/seed.h"
 #include "dlpack.h"
+#include "torch_shim.h"
 
 namespace pyfast {
 
@@ -36,6 +37,9 @@ class Tensor {
   // The same for a torch tensor, and without Python: on any thread, while another one holds the
   // GIL. False where torch's C interface cannot show it.
   bool assign_torch_tensor(py::handle object);
+
+  // Brings a part of what that reads into cache; parts of a tensor come in turn.
+  static void prefetch(py::handle object, TorchPart part);
 
   void* data() const { return static_cast<char*>(view_.data) + view_.byte_offset; }
   int ndim() const { return view_.ndim; }

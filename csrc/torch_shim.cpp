@@ -110,13 +110,17 @@ bool read(const Shim& shim, Handle handle, dlpack::Tensor* view) {
   if (shim.get_data_ptr(handle, &view->data) != 0 || shim.get_dim(handle, &ndim) != 0 ||
       shim.get_sizes(handle, &view->shape) != 0 || shim.get_strides(handle, &view->strides) != 0 ||
       shim.get_dtype(handle, &dtype) != 0 || shim.get_device_type(handle, &device) != 0 ||
-      shim.get_device_index(handle, &index) != 0 || !type_from(dtype, &view->dtype)) {
+      !type_from(dtype, &view->dtype)) {
     return false;
   }
   constexpr int32_t kTorchCpu = 0, kTorchCuda = 1;
-  if (device != kTorchCpu && device != kTorchCuda) return false;
-  view->device =
-      device == kTorchCpu ? dlpack::Device{dlpack::kCpu, 0} : dlpack::Device{dlpack::kCuda, index};
+  if (device == kTorchCpu) {
+    view->device = {dlpack::kCpu, 0};
+  } else if (device == kTorchCuda && shim.get_device_index(handle, &index) == 0) {
+    view->device = {dlpack::kCuda, index};
+  } else {
+    return false;
+  }
   view->ndim = static_cast<int32_t>(ndim);
   view->byte_offset = 0;
   return true;
@@ -147,11 +151,14 @@ Shim active;
 bool use_torch_shim(py::handle probe, const dlpack::ExchangeApi* api) {
   active = {};
   Shim found;
-  if (api != nullptr && find_functions(&found) && agrees(found, probe, api)) {
-    active = found;
-    active.api = api;
+  try {
+    if (api == nullptr || !find_functions(&found) || !agrees(found, probe, api)) return false;
+  } catch (const py::error_already_set&) {
+    return false;
   }
-  return active.api != nullptr;
+  active = found;
+  active.api = api;
+  return true;
 }
 
 bool view_of_torch_tensor(py::handle tensor, const dlpack::ExchangeApi* api, dlpack::Tensor* view) {
@@ -162,10 +169,8 @@ bool has_torch_shim() { return active.api != nullptr; }
 
 void bump_torch_version(PyObject* tensor) { active.bump_version(handle_of(tensor)); }
 
-void prefetch_torch_tensor(PyObject* tensor, TorchPart part) {
-  if (active.api == nullptr) return;
-  const char* const object = reinterpret_cast<const char*>(tensor);
-  if (part == TorchPart::kObject) return prefetch(object, 8, 24);
+void prefetch_torch_tensor(py::handle tensor, const dlpack::ExchangeApi* api, TorchPart part) {
+  if (api != active.api) return;
   const char* const implementation = pointer_at(handle_of(tensor));
   if (part == TorchPart::kTensor) return prefetch(implementation, 16, 184);
   prefetch(pointer_at(implementation + 16), 16, 64);

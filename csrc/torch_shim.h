@@ -27,13 +27,12 @@ bool has_torch_shim();
 // interface.
 void bump_torch_version(PyObject* tensor);
 
-// What is read of a tensor: the Python object leads to the tensor, that to its storage and its
-// version.
-enum class TorchPart { kObject, kTensor, kStorage };
+// What a Python tensor leads to, and what that does: its storage and its version.
+enum class TorchPart { kTensor, kStorage };
 
-// Brings a part into cache; those before it should be there. Where the parts are is a guess about
-// torch: a wrong one costs time alone.
-void prefetch_torch_tensor(PyObject* tensor, TorchPart part);
+// Brings a part of a tensor of a type that offers `api` into cache; those before it should be
+// there. Where the parts are is a guess about torch: a wrong one costs time alone.
+void prefetch_torch_tensor(pybind11::handle tensor, const dlpack::ExchangeApi* api, TorchPart part);
 
 // Where torch looks when it is asked for the gradient of a tensor, or its flags: a guess as well.
 std::array<const void*, 5> torch_places(PyObject* tensor);

@@ -28,7 +28,7 @@ def swapped(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
                 p.copy_(value)
 
 
-def _checked_decay(decay: Any) -> float:
+def _checked_decay(decay: float) -> float:
     is_number = isinstance(decay, numbers.Real) and not isinstance(decay, bool)
     if not is_number or not 0 <= decay <= 1:
         raise ValueError(f"EMA: decay must be a number in [0, 1], got {decay!r}")
