@@ -255,7 +255,7 @@ class OptimizerPlan : public OptimizerTensors {
 
 void bind_optimizer_step(py::module_& m) {
   py::class_<OptimizerTable>(m, "OptimizerTable").def(py::init<>());
-  py::class_<OptimizerMemory>(m, "OptimizerMemory").def(py::init<>());
+  py::class_<OptimizerMemory>(m, "OptimizerMemory", py::module_local()).def(py::init<>());
   py::class_<OptimizerPlan>(m, "OptimizerPlan")
       .def(py::init<int, double, double, bool, OptimizerMemory*>(), py::keep_alive<1, 6>())
       .def("add_group", &OptimizerPlan::add_group)
