@@ -52,33 +52,36 @@ class CodedBlocks {
     const float (*const before)[kOptimizerBlock] = states_[1 - turn];
     LargestLanes largest[kMaxOptimizerStates];
     DitherLanes dither(begin - kOptimizerBlock, salt_);
-    for (int j = 0; j < kOptimizerBlock; j += V::kLanes) {
-      OptimizerValues<V> x;
-      x.p = V::load(p + j);
-      x.g = V::load(g + j);
-      V* const s[] = {&x.s0, &x.s1, &x.s2};
+    for (int j = 0; j < kOptimizerBlock; j += DitherGroup::kElements) {
       PYFAST_UNROLL
-      for (int i = 0; i < kMaxOptimizerStates; ++i) {
-        *s[i] = V::broadcast(0);
-        if (exists(i)) {
-          *s[i] = decode_lanes(codes[i] + j, is_signed_state(kRule, i), scales[i]);
+      for (int k = j; k < j + DitherGroup::kElements; k += V::kLanes) {
+        OptimizerValues<V> x;
+        x.p = V::load(p + k);
+        x.g = V::load(g + k);
+        V* const s[] = {&x.s0, &x.s1, &x.s2};
+        PYFAST_UNROLL
+        for (int i = 0; i < kMaxOptimizerStates; ++i) {
+          *s[i] = V::broadcast(0);
+          if (exists(i)) {
+            *s[i] = decode_lanes(codes[i] + k, is_signed_state(kRule, i), scales[i]);
+          }
         }
-      }
-      optimizer_update<kRule>(x, numbers);
-      x.p.store(p + j);
-      PYFAST_UNROLL
-      for (int i = 0; i < kMaxOptimizerStates; ++i) {
-        if (!exists(i)) continue;
-        s[i]->store(states[i] + j);
-        largest[i].add(*s[i]);
-      }
-      if (kEncodes) {
-        const auto lanes = dither.next();
+        optimizer_update<kRule>(x, numbers);
+        x.p.store(p + k);
         PYFAST_UNROLL
         for (int i = 0; i < kMaxOptimizerStates; ++i) {
           if (!exists(i)) continue;
-          encode_lanes(V::load(before[i] + j), is_signed_state(kRule, i), inverses_[1 - turn][i],
-                       lanes, codes[i] + j - kOptimizerBlock);
+          s[i]->store(states[i] + k);
+          largest[i].add(*s[i]);
+        }
+      }
+      if (kEncodes) {
+        const DitherGroup group(&dither);
+        PYFAST_UNROLL
+        for (int i = 0; i < kMaxOptimizerStates; ++i) {
+          if (!exists(i)) continue;
+          encode_vectors(before[i] + j, is_signed_state(kRule, i), inverses_[1 - turn][i],
+                         group.lanes, codes[i] + j - kOptimizerBlock);
         }
       }
     }
@@ -92,12 +95,12 @@ class CodedBlocks {
 
   void encode(int64_t begin, int64_t turn) {
     DitherLanes dither(begin, salt_);
-    for (int j = 0; j < kOptimizerBlock; j += V::kLanes) {
-      const auto lanes = dither.next();
+    for (int j = 0; j < kOptimizerBlock; j += DitherGroup::kElements) {
+      const DitherGroup group(&dither);
       for (int i = 0; i < kMaxOptimizerStates; ++i) {
         if (!exists(i)) continue;
-        encode_lanes(V::load(states_[turn][i] + j), is_signed_state(kRule, i), inverses_[turn][i],
-                     lanes, at<uint8_t>(t_, kState0 + i, begin) + j);
+        encode_vectors(states_[turn][i] + j, is_signed_state(kRule, i), inverses_[turn][i],
+                       group.lanes, at<uint8_t>(t_, kState0 + i, begin) + j);
       }
     }
   }

@@ -109,8 +109,9 @@ inline float encode_block(const float* from, int64_t begin, bool is_signed, uint
   const float scale = code_scale(largest.bits(), &inverse);
   DitherLanes dither(begin, salt);
   int j = 0;
-  for (; j + V::kLanes <= n; j += V::kLanes) {
-    encode_lanes(V::load(from + j), is_signed, V::broadcast(inverse), dither.next(), codes + j);
+  for (; j + DitherGroup::kElements <= n; j += DitherGroup::kElements) {
+    encode_vectors(from + j, is_signed, V::broadcast(inverse), DitherGroup(&dither).lanes,
+                   codes + j);
   }
   for (; j < n; ++j) {
     const uint32_t d = code_dither(static_cast<uint64_t>(begin + j), salt);

@@ -26,22 +26,44 @@ inline Vec<float> decode_lanes(const uint8_t* codes, bool is_signed, Vec<float> 
   return {_mm512_mul_ps(_mm512_castsi512_ps(value), scale.v)};
 }
 
-inline void encode_lanes(Vec<float> x, bool is_signed, Vec<float> inverse, __m512i dither,
-                         uint8_t* codes) {
-  const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(x.v, inverse.v));
-  __m512i code;
-  if (is_signed) {
-    const __m512i absolute = _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
-    const __m512 offset = _mm512_add_ps(_mm512_castsi512_ps(absolute), _mm512_set1_ps(0x1p-15f));
-    code = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(offset), dither), 20);
-    // 0x7F ? code : bits >> 24
-    code =
-        _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x7F), code, _mm512_srli_epi32(bits, 24), 0xCA);
-  } else {
+// The codes of four vectors are packed together: each is in bits 20 to 27 of its lanes.
+constexpr int kEncodedVectors = 4;
+
+inline __m512i coded_bits(__m512 x, bool is_signed, __m512 inverse, __m512i dither) {
+  const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(x, inverse));
+  if (!is_signed) {
     const __m512i clamped = _mm512_max_epi32(bits, _mm512_set1_epi32(kPositiveCodeBase));
-    code = _mm512_srli_epi32(_mm512_add_epi32(clamped, dither), 20);
+    return _mm512_add_epi32(clamped, dither);
   }
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(code));
+  const __m512i absolute = _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
+  const __m512 offset = _mm512_add_ps(_mm512_castsi512_ps(absolute), _mm512_set1_ps(0x1p-15f));
+  const __m512i code = _mm512_add_epi32(_mm512_castps_si512(offset), dither);
+  // 0x07F00000 ? code : bits >> 4
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x07F00000), code, _mm512_srli_epi32(bits, 4),
+                                   0xCA);
+}
+
+inline void encode_vectors(const float* x, bool is_signed, Vec<float> inverse,
+                           const __m512i (&dither)[kEncodedVectors], uint8_t* codes) {
+  __m512i bits[kEncodedVectors];
+  PYFAST_UNROLL
+  for (int i = 0; i < kEncodedVectors; ++i) {
+    bits[i] = coded_bits(_mm512_loadu_ps(x + 16 * i), is_signed, inverse.v, dither[i]);
+  }
+  // Byte i of a lane is the code of vector i.
+  const __m512i low =
+      _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x000000FF), _mm512_srli_epi32(bits[0], 20),
+                                _mm512_srli_epi32(bits[1], 12), 0xCA);
+  const __m512i high =
+      _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x00FF0000), _mm512_srli_epi32(bits[2], 4),
+                                _mm512_slli_epi32(bits[3], 4), 0xCA);
+  const __m512i mixed = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x0000FFFF), low, high, 0xCA);
+  // Four lanes of a quarter become four runs of four codes; then runs of the same vector meet.
+  const __m512i runs = _mm512_shuffle_epi8(
+      mixed,
+      _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0)));
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  _mm512_storeu_si512(codes, _mm512_permutexvar_epi32(order, runs));
 }
 
 // The dither of the elements from a first one on, vector by vector.
@@ -91,14 +113,16 @@ struct Dither {
   uint32_t v[Vec<float>::kLanes];
 };
 
-inline void encode_lanes(Vec<float> x, bool is_signed, Vec<float> inverse, const Dither& dither,
-                         uint8_t* codes) {
+constexpr int kEncodedVectors = 1;
+
+inline void encode_vectors(const float* x, bool is_signed, Vec<float> inverse,
+                           const Dither (&dither)[kEncodedVectors], uint8_t* codes) {
   constexpr int kLanes = Vec<float>::kLanes;
   alignas(64) float values[kLanes];
-  (x * inverse).store(values);
+  (Vec<float>::load(x) * inverse).store(values);
   for (int i = 0; i < kLanes; ++i) {
-    codes[i] =
-        is_signed ? signed_code(values[i], dither.v[i]) : positive_code(values[i], dither.v[i]);
+    codes[i] = is_signed ? signed_code(values[i], dither[0].v[i])
+                         : positive_code(values[i], dither[0].v[i]);
   }
 }
 
@@ -139,5 +163,15 @@ class LargestLanes {
 };
 
 #endif
+
+// The dither of the vectors that are encoded together.
+struct DitherGroup {
+  static constexpr int kElements = kEncodedVectors * Vec<float>::kLanes;
+  explicit DitherGroup(DitherLanes* dither) {
+    PYFAST_UNROLL
+    for (int i = 0; i < kEncodedVectors; ++i) lanes[i] = dither->next();
+  }
+  decltype(DitherLanes(0, 0).next()) lanes[kEncodedVectors];
+};
 
 }  // namespace pyfast::PYFAST_ISA
