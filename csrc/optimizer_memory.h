@@ -1,7 +1,8 @@
 // What a step leaves to the next one of its optimizer: memory, whose pages are there already, and
 // the addresses of the Python objects that it looked at. With many small tensors those are out of
 // cache by then, and looking for them waits for memory at every turn; so they are fetched ahead.
-// Nothing is read from these addresses: nothing here can be stale.
+// Nothing is read from these addresses: nothing here can be stale. Whether parameters overlap is
+// known as long as they are where they were.
 #pragma once
 
 #include <array>
@@ -20,6 +21,8 @@ struct OptimizerMemory {
   std::vector<OptimizerObjects> objects;
   std::vector<py::object> kept;
   std::vector<OptimizerRows> shares;
+  std::vector<Extent> extents;  // of the parameters
+  bool overlap = false;         // whether some of those do
 };
 
 // Fetches what the parameters after this one will be asked for, as far as they are the same ones as

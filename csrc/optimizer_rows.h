@@ -20,6 +20,21 @@ inline DType require_counted(const char* name, const Tensor& tensor) {
   return is_double ? DType::kFloat64 : DType::kFloat32;
 }
 
+// Where the memory of a tensor begins and ends.
+struct Extent {
+  const char* begin;
+  const char* end;
+  bool operator==(const Extent& other) const { return begin == other.begin && end == other.end; }
+  bool operator<(const Extent& other) const { return begin < other.begin; }
+};
+
+inline Extent extent_of(const Tensor& tensor) {
+  int64_t last = 0;
+  for (int d = 0; d < tensor.ndim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  const char* const begin = static_cast<const char*>(tensor.data());
+  return {begin, begin + (last + 1) * (tensor.view().dtype.bits / 8)};
+}
+
 class OptimizerRows {
  public:
   // Begins anew. Without Python, rows are added on any thread while another one holds the GIL; what
@@ -34,12 +49,14 @@ class OptimizerRows {
     layouts.clear();
     sources.clear();
     steps.clear();
+    extents.clear();
   }
 
   std::vector<OptimizerTensor> tensors;
   std::vector<OptimizerLayout> layouts;
   std::vector<OptimizerSource> sources;
   std::vector<std::pair<void*, bool>> steps;  // on the CPU; whether they are double
+  std::vector<Extent> extents;                // of the parameters that change
 
   // False for what the kernels cannot take.
   bool add(const OptimizerObjects& objects, const OptimizerGroup& group) {
@@ -112,7 +129,10 @@ class OptimizerRows {
     if (writes_gradients_ || objects.flags & kZeroGradient) {
       require_apart("a gradient that is written", g);
     }
-    if (t.num_elements != 0) tensors.push_back(t);
+    if (t.num_elements != 0) {
+      tensors.push_back(t);
+      if (changes_parameters_) extents.push_back(extent_of(p));
+    }
     return true;
   }
 
@@ -147,6 +167,7 @@ class OptimizerRows {
     join(&layouts, other->layouts);
     join(&sources, other->sources);
     join(&steps, other->steps);
+    join(&extents, other->extents);
   }
 
  private:

@@ -65,7 +65,9 @@ class OptimizerPlan : public OptimizerTensors {
     params_.items = items_.data();
     params_.pieces = pieces_.data();
     params_.num_pieces = static_cast<int64_t>(pieces_.size()) - 1;
-    run_cpu_kernel(params_, useful_threads(num_threads), optimizer_step_cpu_table);
+    params_.prefetch_bytes = prefetch_distance();
+    const int threads = parameters_overlap() ? 1 : useful_threads(num_threads);
+    run_cpu_kernel(params_, threads, optimizer_step_cpu_table);
   }
 
   // The same on CUDA, with a table in `memory`, which holds table_size() bytes. Scalars may be

@@ -164,6 +164,22 @@ class OptimizerTensors {
   }
 
  protected:
+  // Whether the memory of a parameter begins before that of another one ends: parameters may then
+  // share elements, and are stepped one after the other.
+  bool parameters_overlap() {
+    std::vector<Extent>& extents = memory_.extents;
+    if (extents != rows().extents) {
+      extents = rows().extents;
+      std::vector<Extent> sorted = extents;
+      std::sort(sorted.begin(), sorted.end());
+      memory_.overlap = false;
+      for (size_t i = 1; i < sorted.size(); ++i) {
+        memory_.overlap = memory_.overlap || sorted[i].begin < sorted[i - 1].end;
+      }
+    }
+    return memory_.overlap;
+  }
+
   OptimizerRows& rows() { return memory_.shares[0]; }
   const OptimizerRows& rows() const { return memory_.shares[0]; }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -160,3 +161,65 @@ def test_step_count_of_another_dtype() -> None:
     optimizer.load_state_dict(state_dict)
     train(optimizer, [p])
     assert optimizer.state[p]["step"].item() == 3
+
+
+@pytest.mark.parametrize("kind", ["complex64", "float64 states"])
+def test_parameters_of_several_kinds_are_stepped_together_or_not_at_all(kind: str) -> None:
+    """Complex parameters are torch's, and come first: a state that does not fit stops them too."""
+    p = torch.ones(40, dtype=torch.complex64).requires_grad_()
+    q, r = (torch.ones(40).requires_grad_() for _ in range(2))
+    optimizer = optim.AdamW([p, q, r], lr=0.1)
+    train(optimizer, [p, q, r])
+    if kind == "complex64":
+        optimizer.state[r]["exp_avg"] = torch.zeros(3)
+    else:
+        del optimizer.state[q]["exp_avg_sq"]  # made anew, and gone again after the error
+        optimizer.state[r]["exp_avg_sq"] = torch.zeros(41)
+    before = [x.detach().clone() for x in (p, q, r)]
+    counts = [optimizer.state[x]["step"].item() for x in (p, q, r)]
+    keys = [list(optimizer.state[x]) for x in (p, q, r)]
+    for x in (p, q, r):
+        x.grad = torch.ones_like(x)
+    with pytest.raises(ValueError, match="does not fit"):
+        optimizer.step()
+    for x, value, count, names in zip((p, q, r), before, counts, keys, strict=True):
+        assert torch.equal(x, value)
+        assert optimizer.state[x]["step"].item() == count
+        assert list(optimizer.state[x]) == names
+
+
+@pytest.mark.parametrize("stride", [1, 2], ids=["same elements", "interleaved"])
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_parameters_that_share_memory(name: str, stride: int) -> None:
+    """One after the other, as torch's for-loop does, however many threads there are."""
+
+    def trained(package: Any) -> Tensor:
+        torch.manual_seed(0)
+        memory = torch.randn(stride * 300_000)
+        params = [memory[i % stride :: stride].requires_grad_() for i in range(4)]
+        arguments = {"foreach": False} if package is torch.optim else {}
+        optimizer = getattr(package, name)(params, lr=0.1, **arguments)
+        train(optimizer, params, 3)
+        return memory
+
+    with torch.no_grad():
+        expected = trained(torch.optim)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            for _ in range(3):
+                torch.testing.assert_close(trained(optim), expected, rtol=1e-6, atol=1e-6)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_parameters_that_come_to_share_memory() -> None:
+    p, q = (torch.zeros(100_000).requires_grad_() for _ in range(2))
+    optimizer = optim.SGD([p, q], lr=1.0)
+    train(optimizer, [p, q])
+    p.data = q.data
+    q.data.zero_()
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    optimizer.step()
+    assert torch.equal(q, torch.full_like(q, -2.0))

@@ -141,6 +141,37 @@ def test_matches_reference(backend: Backend, name: str, dtype: torch.dtype, extr
         assert not differences(actual, expected)
 
 
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.backends("cpu", "cuda", "triton")
+def test_int8_states_of_values_that_are_not_finite(
+    backend: Backend, name: str, value: float
+) -> None:
+    """The same bytes, whatever bits a processor gives to NaN, and in the other blocks as ever."""
+
+    def states(backend: str, device: torch.device, value: float) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        p = torch.randn(1000).to(device).requires_grad_()
+        optimizer = getattr(pyfast.optim, name)([p], lr=0.01, state_dtype="int8", **CLASSES[name])
+        for step in range(3):
+            p.grad = torch.randn(1000).to(device)
+            if step == 1:
+                p.grad[300:302] = value
+            with pyfast.use_backend(backend):
+                optimizer.step()
+        found = {key: state for key, state in optimizer.state[p].items() if key != "step"}
+        return found | {"parameter": p.detach()}
+
+    actual = states(backend.name, backend.device, value)
+    expected = states("reference", torch.device("cpu"), value)
+    assert not differences(actual, expected)
+    usual = states("reference", torch.device("cpu"), 0.0)
+    others = torch.arange(1000) // 256 != 1
+    for key, tensor in actual.items():
+        size = 256 if key.endswith("scale") else 1
+        assert torch.equal(tensor[others[::size]].cpu(), usual[key][others[::size]]), key
+
+
 def close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, tensor in actual.items():
         if tensor.dtype in (torch.uint8, torch.int16):

@@ -39,6 +39,15 @@ Isa detected_isa() {
 
 Isa selected_isa() { return static_cast<Isa>(selected().load(std::memory_order_relaxed)); }
 
+int64_t prefetch_distance() {
+#ifdef PYFAST_X86_LEVELS
+  static const bool is_intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+  return is_intel ? 2048 : 0;
+#else
+  return 0;
+#endif
+}
+
 const char* set_selected_isa(const char* name) {
   for (int level = 0; level < 4; ++level) {
     if (std::strcmp(name, kIsaNames[level]) != 0) continue;

@@ -12,11 +12,13 @@ namespace pyfast::PYFAST_ISA {
 template <OptimizerRule kRule, int kStates>
 class CodedBlocks {
  public:
-  CodedBlocks(const OptimizerStepParams& params, const OptimizerTensor& t)
+  // Arrays are fetched `ahead` bytes before their use, if that is not 0.
+  CodedBlocks(const OptimizerStepParams& params, const OptimizerTensor& t, int64_t ahead)
       : t_(t),
         numbers_(params.numbers[t.numbers]),
         rounded_(rounded_numbers<V>(numbers_)),
         write_gradient_(params.write_gradient),
+        ahead_(ahead),
         salt_(optimizer_random(t.seed, static_cast<uint64_t>(numbers_.step), t.index).salt) {}
 
   void run(int64_t begin, int64_t num_blocks) {
@@ -37,8 +39,21 @@ class CodedBlocks {
 
   static constexpr bool exists(int state) { return (kStates >> state) & 1; }
 
+  // Knowing that no option is used saves the compiler's code a branch per vector and option.
   template <bool kEncodes>
   void update(int64_t begin, int64_t turn) {
+    OptimizerNumbers<V> numbers = rounded_;
+    const bool has_option = numbers.has_scale || numbers.has_l2 || numbers.has_l1 ||
+                            numbers.has_threshold || numbers.amsgrad || numbers.weight1_from_end;
+    if (has_option) return update_block<kEncodes>(begin, turn, numbers);
+    numbers.has_scale = numbers.has_l2 = numbers.has_l1 = numbers.has_threshold = false;
+    numbers.amsgrad = numbers.weight1_from_end = false;
+    update_block<kEncodes>(begin, turn, numbers);
+  }
+
+  template <bool kEncodes>
+  PYFAST_ALWAYS_INLINE void update_block(int64_t begin, int64_t turn,
+                                         const OptimizerNumbers<V>& numbers) {
     float* const p = at<float>(t_, kParameter, begin);
     const float* const g = at<float>(t_, kGradient, begin);
     uint8_t* const codes[] = {at<uint8_t>(t_, kState0, begin), at<uint8_t>(t_, kState1, begin),
@@ -47,14 +62,21 @@ class CodedBlocks {
     for (int i = 0; i < kMaxOptimizerStates; ++i) {
       scales[i] = V::broadcast(exists(i) ? t_.scales[i][begin / kOptimizerBlock] : 0.0f);
     }
-    const OptimizerNumbers<V> numbers = rounded_;
-    float (*const states)[kOptimizerBlock] = states_[turn];
-    const float (*const before)[kOptimizerBlock] = states_[1 - turn];
+    StagedState* const states = states_[turn];
+    const StagedState* const before = states_[1 - turn];
     LargestLanes largest[kMaxOptimizerStates];
     DitherLanes dither(begin - kOptimizerBlock, salt_);
+    const int64_t ahead = ahead_;
     for (int j = 0; j < kOptimizerBlock; j += DitherGroup::kElements) {
+      for (int i = 0; ahead != 0 && i < kMaxOptimizerStates; ++i) {
+        if (exists(i)) prefetch_ahead(codes[i] + j, ahead / 4);
+      }
       PYFAST_UNROLL
       for (int k = j; k < j + DitherGroup::kElements; k += V::kLanes) {
+        if (ahead != 0) {
+          prefetch_ahead(p + k, ahead);
+          prefetch_ahead(g + k, ahead);
+        }
         OptimizerValues<V> x;
         x.p = V::load(p + k);
         x.g = V::load(g + k);
@@ -71,8 +93,7 @@ class CodedBlocks {
         PYFAST_UNROLL
         for (int i = 0; i < kMaxOptimizerStates; ++i) {
           if (!exists(i)) continue;
-          s[i]->store(states[i] + k);
-          largest[i].add(*s[i]);
+          states[i].put(k, *s[i], is_signed_state(kRule, i), &largest[i]);
         }
       }
       if (kEncodes) {
@@ -80,15 +101,17 @@ class CodedBlocks {
         PYFAST_UNROLL
         for (int i = 0; i < kMaxOptimizerStates; ++i) {
           if (!exists(i)) continue;
-          encode_vectors(before[i] + j, is_signed_state(kRule, i), inverses_[1 - turn][i],
-                         group.lanes, codes[i] + j - kOptimizerBlock);
+          before[i].encode(j, is_signed_state(kRule, i), inverses_[1 - turn][i], group.lanes,
+                           codes[i] + j - kOptimizerBlock);
         }
       }
     }
     for (int i = 0; i < kMaxOptimizerStates; ++i) {
       if (!exists(i)) continue;
+      const uint32_t bits = largest[i].bits();
+      states[i].finish(bits);
       float inverse;
-      t_.scales[i][begin / kOptimizerBlock] = code_scale(largest[i].bits(), &inverse);
+      t_.scales[i][begin / kOptimizerBlock] = code_scale(bits, &inverse);
       inverses_[turn][i] = V::broadcast(inverse);
     }
   }
@@ -99,8 +122,8 @@ class CodedBlocks {
       const DitherGroup group(&dither);
       for (int i = 0; i < kMaxOptimizerStates; ++i) {
         if (!exists(i)) continue;
-        encode_vectors(states_[turn][i] + j, is_signed_state(kRule, i), inverses_[turn][i],
-                       group.lanes, at<uint8_t>(t_, kState0 + i, begin) + j);
+        states_[turn][i].encode(j, is_signed_state(kRule, i), inverses_[turn][i], group.lanes,
+                                at<uint8_t>(t_, kState0 + i, begin) + j);
       }
     }
   }
@@ -109,7 +132,7 @@ class CodedBlocks {
     float* const g = at<float>(t_, kGradient, begin);
     if (t_.operands[kEma] != nullptr) {
       average_run(at<float>(t_, kParameter, begin), at<float>(t_, kEma, begin), kOptimizerBlock,
-                  numbers_);
+                  numbers_, ahead_);
     }
     if (t_.flags & kZeroGradient) {
       memset(g, 0, kOptimizerBlock * sizeof(float));
@@ -122,9 +145,10 @@ class CodedBlocks {
   const OptimizerNumbers<double>& numbers_;
   OptimizerNumbers<V> rounded_;
   bool write_gradient_;
+  int64_t ahead_;
   uint32_t salt_;
   V inverses_[2][kMaxOptimizerStates];
-  alignas(64) float states_[2][kMaxOptimizerStates][kOptimizerBlock];
+  StagedState states_[2][kMaxOptimizerStates];
 };
 
 }  // namespace pyfast::PYFAST_ISA

@@ -101,17 +101,19 @@ inline void decode_block(const uint8_t* codes, float scale, bool is_signed, int 
 inline float encode_block(const float* from, int64_t begin, bool is_signed, uint32_t salt, int n,
                           uint8_t* codes) {
   using V = Vec<float>;
+  StagedState staged = {};
   LargestLanes largest;
   for_each_vec<V>(0, n, [&](int64_t j, int lanes) PYFAST_INLINE_LAMBDA {
-    largest.add(load_lanes<V>(from + j, lanes));
+    staged.put(static_cast<int>(j), load_lanes<V>(from + j, lanes), is_signed, &largest);
   });
+  const uint32_t bits = largest.bits();
+  staged.finish(bits);
   float inverse;
-  const float scale = code_scale(largest.bits(), &inverse);
+  const float scale = code_scale(bits, &inverse);
   DitherLanes dither(begin, salt);
   int j = 0;
   for (; j + DitherGroup::kElements <= n; j += DitherGroup::kElements) {
-    encode_vectors(from + j, is_signed, V::broadcast(inverse), DitherGroup(&dither).lanes,
-                   codes + j);
+    staged.encode(j, is_signed, V::broadcast(inverse), DitherGroup(&dither).lanes, codes + j);
   }
   for (; j < n; ++j) {
     const uint32_t d = code_dither(static_cast<uint64_t>(begin + j), salt);

@@ -17,53 +17,15 @@ inline Vec<float> decode_lanes(const uint8_t* codes, bool is_signed, Vec<float> 
     return {_mm512_mul_ps(_mm512_castsi512_ps(bits), scale.v)};
   }
   const __m512i wide = _mm512_cvtepi8_epi32(bytes);
-  const __m512i low = _mm512_slli_epi32(_mm512_and_si512(wide, _mm512_set1_epi32(0x7F)), 20);
-  const __m512i bits = _mm512_add_epi32(low, _mm512_set1_epi32(kSignedCodeBase));
+  // (wide << 20) & 0x07F00000 | base
+  const __m512i bits =
+      _mm512_ternarylogic_epi32(_mm512_slli_epi32(wide, 20), _mm512_set1_epi32(0x07F00000),
+                                _mm512_set1_epi32(static_cast<int>(kSignedCodeBase)), 0xEA);
   const __m512 offset = _mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p-15f));
   // offset | (wide & sign)
   const __m512i value = _mm512_ternarylogic_epi32(
       _mm512_castps_si512(offset), wide, _mm512_set1_epi32(static_cast<int>(0x80000000u)), 0xF8);
   return {_mm512_mul_ps(_mm512_castsi512_ps(value), scale.v)};
-}
-
-// The codes of four vectors are packed together: each is in bits 20 to 27 of its lanes.
-constexpr int kEncodedVectors = 4;
-
-inline __m512i coded_bits(__m512 x, bool is_signed, __m512 inverse, __m512i dither) {
-  const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(x, inverse));
-  if (!is_signed) {
-    const __m512i clamped = _mm512_max_epi32(bits, _mm512_set1_epi32(kPositiveCodeBase));
-    return _mm512_add_epi32(clamped, dither);
-  }
-  const __m512i absolute = _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
-  const __m512 offset = _mm512_add_ps(_mm512_castsi512_ps(absolute), _mm512_set1_ps(0x1p-15f));
-  const __m512i code = _mm512_add_epi32(_mm512_castps_si512(offset), dither);
-  // 0x07F00000 ? code : bits >> 4
-  return _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x07F00000), code, _mm512_srli_epi32(bits, 4),
-                                   0xCA);
-}
-
-inline void encode_vectors(const float* x, bool is_signed, Vec<float> inverse,
-                           const __m512i (&dither)[kEncodedVectors], uint8_t* codes) {
-  __m512i bits[kEncodedVectors];
-  PYFAST_UNROLL
-  for (int i = 0; i < kEncodedVectors; ++i) {
-    bits[i] = coded_bits(_mm512_loadu_ps(x + 16 * i), is_signed, inverse.v, dither[i]);
-  }
-  // Byte i of a lane is the code of vector i.
-  const __m512i low =
-      _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x000000FF), _mm512_srli_epi32(bits[0], 20),
-                                _mm512_srli_epi32(bits[1], 12), 0xCA);
-  const __m512i high =
-      _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x00FF0000), _mm512_srli_epi32(bits[2], 4),
-                                _mm512_slli_epi32(bits[3], 4), 0xCA);
-  const __m512i mixed = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x0000FFFF), low, high, 0xCA);
-  // Four lanes of a quarter become four runs of four codes; then runs of the same vector meet.
-  const __m512i runs = _mm512_shuffle_epi8(
-      mixed,
-      _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0)));
-  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-  _mm512_storeu_si512(codes, _mm512_permutexvar_epi32(order, runs));
 }
 
 // The dither of the elements from a first one on, vector by vector.
@@ -88,14 +50,88 @@ class DitherLanes {
 
 class LargestLanes {
  public:
-  void add(Vec<float> x) {
-    const __m512i bits = _mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7FFFFFFF));
-    largest_ = _mm512_max_epi32(largest_, bits);
-  }
-  uint32_t bits() const { return static_cast<uint32_t>(_mm512_reduce_max_epi32(largest_)); }
+  void add(Vec<float> x) { add_magnitude(_mm512_abs_ps(x.v)); }
+  // By its bits without the sign, which may be set in NaN alone.
+  void add_magnitude(__m512 x) { largest_ = _mm512_max_epu32(largest_, _mm512_castps_si512(x)); }
+  uint32_t bits() const { return _mm512_reduce_max_epu32(largest_) & 0x7FFFFFFFu; }
 
  private:
   __m512i largest_ = _mm512_setzero_si512();
+};
+
+constexpr int kEncodedVectors = 4;
+
+// The values of a block between their update and their coding: of a signed state the magnitudes,
+// and the signs apart, which saves taking them from each vector and putting them into its codes.
+class StagedState {
+ public:
+  void put(int j, Vec<float> x, bool is_signed, LargestLanes* largest) {
+    __m512 magnitude = x.v;
+    if (is_signed) {
+      magnitude = _mm512_abs_ps(x.v);
+      negative_[j / 16] = _mm512_movepi32_mask(_mm512_castps_si512(x.v));
+    }
+    _mm512_store_ps(values_ + j, magnitude);
+    largest->add_magnitude(magnitude);
+  }
+
+  // Once all are there: their largest magnitude, as bits.
+  void finish(uint32_t largest) { is_finite_ = largest < 0x7F800000u; }
+
+  // The codes of four vectors from j on.
+  void encode(int j, bool is_signed, Vec<float> inverse, const __m512i (&dither)[kEncodedVectors],
+              uint8_t* codes) const {
+    if (!is_finite_) return encode_one_by_one(j, is_signed, inverse, dither, codes);
+    __m512i bits[kEncodedVectors];  // each with its code in bits 20 to 27 of the lanes
+    PYFAST_UNROLL
+    for (int i = 0; i < kEncodedVectors; ++i) {
+      const __m512 x = _mm512_mul_ps(_mm512_load_ps(values_ + j + 16 * i), inverse.v);
+      const __m512i offset =
+          is_signed ? _mm512_castps_si512(_mm512_add_ps(x, _mm512_set1_ps(0x1p-15f)))
+                    : _mm512_max_epi32(_mm512_castps_si512(x),
+                                       _mm512_set1_epi32(static_cast<int>(kPositiveCodeBase)));
+      bits[i] = _mm512_add_epi32(offset, dither[i]);
+    }
+    // Byte i of a lane is the code of vector i.
+    const __m512i low =
+        _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x000000FF), _mm512_srli_epi32(bits[0], 20),
+                                  _mm512_srli_epi32(bits[1], 12), 0xCA);
+    const __m512i high =
+        _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x00FF0000), _mm512_srli_epi32(bits[2], 4),
+                                  _mm512_slli_epi32(bits[3], 4), 0xCA);
+    const __m512i mixed = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x0000FFFF), low, high, 0xCA);
+    // Four lanes of a quarter become four runs of four codes; then runs of the same vector meet.
+    const __m512i runs = _mm512_shuffle_epi8(
+        mixed,
+        _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0)));
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    __m512i all = _mm512_permutexvar_epi32(order, runs);
+    if (is_signed) {  // the highest bit is set, by the base
+      uint64_t negative;
+      memcpy(&negative, negative_ + j / 16, sizeof negative);
+      all = _mm512_mask_add_epi8(all, ~negative, all, _mm512_set1_epi8(-128));
+    }
+    _mm512_storeu_si512(codes, all);
+  }
+
+ private:
+  // NaN, which there may be here, has a code of its own.
+  __attribute__((noinline)) void encode_one_by_one(int j, bool is_signed, Vec<float> inverse,
+                                                   const __m512i (&dither)[kEncodedVectors],
+                                                   uint8_t* codes) const {
+    alignas(64) uint32_t dithers[kEncodedVectors * 16];
+    for (int i = 0; i < kEncodedVectors; ++i) _mm512_store_si512(dithers + 16 * i, dither[i]);
+    for (int i = 0; i < kEncodedVectors * 16; ++i) {
+      const bool is_negative = is_signed && (negative_[(j + i) / 16] >> (i % 16) & 1);
+      const float x = values_[j + i] * _mm512_cvtss_f32(inverse.v);
+      codes[i] =
+          is_signed ? signed_code(is_negative ? -x : x, dithers[i]) : positive_code(x, dithers[i]);
+    }
+  }
+
+  alignas(64) float values_[kOptimizerBlock];
+  uint16_t negative_[kOptimizerBlock / 16];
+  bool is_finite_;
 };
 
 #else  // plain loops, which the compiler vectorises
@@ -112,19 +148,6 @@ inline Vec<float> decode_lanes(const uint8_t* codes, bool is_signed, Vec<float> 
 struct Dither {
   uint32_t v[Vec<float>::kLanes];
 };
-
-constexpr int kEncodedVectors = 1;
-
-inline void encode_vectors(const float* x, bool is_signed, Vec<float> inverse,
-                           const Dither (&dither)[kEncodedVectors], uint8_t* codes) {
-  constexpr int kLanes = Vec<float>::kLanes;
-  alignas(64) float values[kLanes];
-  (Vec<float>::load(x) * inverse).store(values);
-  for (int i = 0; i < kLanes; ++i) {
-    codes[i] = is_signed ? signed_code(values[i], dither[0].v[i])
-                         : positive_code(values[i], dither[0].v[i]);
-  }
-}
 
 class DitherLanes {
  public:
@@ -160,6 +183,34 @@ class LargestLanes {
 
  private:
   int32_t largest_[Vec<float>::kLanes] = {};
+};
+
+constexpr int kEncodedVectors = 1;
+
+// The values of a block between their update and their coding.
+class StagedState {
+ public:
+  void put(int j, Vec<float> x, bool /*is_signed*/, LargestLanes* largest) {
+    x.store(values_ + j);
+    largest->add(x);
+  }
+
+  void finish(uint32_t /*largest*/) {}
+
+  // The codes of a vector from j on.
+  void encode(int j, bool is_signed, Vec<float> inverse, const Dither (&dither)[kEncodedVectors],
+              uint8_t* codes) const {
+    constexpr int kLanes = Vec<float>::kLanes;
+    alignas(64) float x[kLanes];
+    (Vec<float>::load(values_ + j) * inverse).store(x);
+    for (int i = 0; i < kLanes; ++i) {
+      codes[i] =
+          is_signed ? signed_code(x[i], dither[0].v[i]) : positive_code(x[i], dither[0].v[i]);
+    }
+  }
+
+ private:
+  alignas(64) float values_[kOptimizerBlock];
 };
 
 #endif

@@ -80,19 +80,21 @@ def _encode(
     mask = index < size
     bits = tl.where(mask, _bits(x) & 0x7FFFFFFF, 0)
     largest = tl.max(tl.reshape(bits, (N // _SCALE_BLOCK, _SCALE_BLOCK)), axis=1)
+    largest = tl.where(largest > 0x7F800000, 0x7FC00000, largest)
     scale = tl.where(largest < 0x00800000, 0.0, _float(largest))
     inverse = tl.where(scale == 0.0, 0.0, tl.div_rn(tl.zeros_like(scale) + 1.0, scale))
     spread = tl.broadcast_to(inverse[:, None], (N // _SCALE_BLOCK, _SCALE_BLOCK))
     y = _bits(x * tl.reshape(spread, (N,)))
     product = index.to(tl.int32) * _DITHER_STEP + salt.to(tl.int32)
     dither = (product >> 12) & 0xFFFFF
+    is_nan = (y & 0x7FFFFFFF) > 0x7F800000
     if SIGNED:
         offset = _float(y & 0x7FFFFFFF) + 0.000030517578125
         code = ((_bits(offset) - _SIGNED_BASE + dither) >> 20) & 0x7F
-        code = code | tl.where(y < 0, 128, 0)
+        code = tl.where(is_nan, 0x7F, code | tl.where(y < 0, 128, 0))
     else:
         clamped = tl.where(y > _POSITIVE_BASE, y, _POSITIVE_BASE)
-        code = ((clamped - _POSITIVE_BASE + dither) >> 20) & 0xFF
+        code = tl.where(is_nan, 0xFF, ((clamped - _POSITIVE_BASE + dither) >> 20) & 0xFF)
     tl.store(_pointer(address, tl.uint8, ALIGNED) + index, code.to(tl.uint8), mask=mask)
     block = begin // _SCALE_BLOCK + tl.arange(0, N // _SCALE_BLOCK)
     wanted = block * _SCALE_BLOCK < size

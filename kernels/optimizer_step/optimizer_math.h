@@ -36,7 +36,8 @@ PYFAST_HD bool is_signed_state(OptimizerRule rule, int state) {
 // upper bits of floats: eight steps an octave. Signed values are offset by 2^-15 first, so that
 // the steps get even towards an exact zero; the others end at 2^-31 and never become zero, because
 // they are divided by. `dither` is in [0, 2^20): floats are linear between the codes, so that
-// adding it before the rest is cut off makes the expected value right.
+// adding it before the rest is cut off makes the expected value right. NaN, whose bits are not the
+// same everywhere, has the highest code.
 constexpr uint32_t kSignedCodeBase = 0x38000000u;    // 2^-15
 constexpr uint32_t kPositiveCodeBase = 0x30000000u;  // 2^-31
 
@@ -52,6 +53,7 @@ PYFAST_HD uint8_t signed_code(float x, uint32_t dither) {
   const uint32_t bits = float_to_bits(x);
   const uint32_t offset = float_to_bits(bits_to_float(bits & 0x7FFFFFFFu) + 0x1p-15f);
   const uint32_t code = (offset - kSignedCodeBase + dither) >> 20;
+  if (x != x) return 0x7F;
   return static_cast<uint8_t>((code & 0x7Fu) | ((bits >> 31) << 7));
 }
 
@@ -65,6 +67,7 @@ PYFAST_HD uint8_t positive_code(float x, uint32_t dither) {
   const int32_t bits = static_cast<int32_t>(float_to_bits(x));
   const int32_t smallest = static_cast<int32_t>(kPositiveCodeBase);
   const uint32_t clamped = static_cast<uint32_t>(bits > smallest ? bits : smallest);
+  if (x != x) return 0xFF;
   return static_cast<uint8_t>((clamped - kPositiveCodeBase + dither) >> 20);
 }
 
@@ -75,6 +78,7 @@ PYFAST_HD float positive_value(uint8_t code) {
 // The scale of a block from the largest of its magnitudes as bits (in which NaN is above Inf), and
 // its inverse. Scales below the normal range are zero.
 PYFAST_HD float code_scale(uint32_t largest, float* inverse) {
+  if (largest > 0x7F800000u) largest = 0x7FC00000u;
   const float scale = largest < 0x00800000u ? 0.0f : bits_to_float(largest);
   *inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
   return scale;

@@ -111,7 +111,8 @@ struct OptimizerStepParams {
   const OptimizerItem* items;
   const int64_t* pieces;  // [num_pieces + 1] first item of each piece of work
   int64_t num_pieces;
-  bool write_gradient;  // write the gradient, times gradient_scale, back
+  bool write_gradient;     // write the gradient, times gradient_scale, back
+  int64_t prefetch_bytes;  // how far ahead large tensors are fetched; 0: not at all
 };
 
 // The sum of the squares of the gradients of each piece, in double.

@@ -13,10 +13,17 @@ namespace {
 
 constexpr int64_t kChunk = 2048;  // elements between a direct update and what follows it
 
+// How far ahead an item is fetched: what is beyond its end is fetched in vain.
+inline int64_t ahead_of(const OptimizerStepParams& params, const OptimizerItem& item) {
+  return item.count >= 16384 ? params.prefetch_bytes : 0;
+}
+
 // An item whose operands are dense and of these types.
 template <OptimizerRule kRule, typename P, typename G, typename S, typename C>
-void run_direct(const OptimizerTensor& t, const OptimizerItem& item,
-                const OptimizerNumbers<double>& numbers, bool write_gradient) {
+void run_direct(const OptimizerStepParams& params, const OptimizerTensor& t,
+                const OptimizerItem& item) {
+  const OptimizerNumbers<double>& numbers = params.numbers[t.numbers];
+  const int64_t ahead = ahead_of(params, item);
   const int64_t end = item.begin + item.count;
   for (int64_t begin = item.begin; begin < end; begin += kChunk) {
     const int64_t n = end - begin < kChunk ? end - begin : kChunk;
@@ -25,12 +32,12 @@ void run_direct(const OptimizerTensor& t, const OptimizerItem& item,
     if (kRule != OptimizerRule::kNone) {
       const States<S> states = {
           {at<S>(t, kState0, begin), at<S>(t, kState1, begin), at<S>(t, kState2, begin)}};
-      update_run<kRule, P, G, S, C>(p, g, states, n, numbers);
+      update_run<kRule, P, G, S, C>(p, g, states, n, numbers, ahead);
     }
-    if (t.operands[kEma] != nullptr) average_run(p, at<C>(t, kEma, begin), n, numbers);
+    if (t.operands[kEma] != nullptr) average_run(p, at<C>(t, kEma, begin), n, numbers, ahead);
     if (t.flags & kZeroGradient) {
       memset(static_cast<void*>(g), 0, static_cast<size_t>(n) * sizeof(G));
-    } else if (write_gradient) {
+    } else if (params.write_gradient) {
       scale_run<G, C>(g, n, numbers);
     }
   }
@@ -49,13 +56,13 @@ bool is_direct(const OptimizerTensor& t) {
 // States are there from the first on.
 template <OptimizerRule kRule>
 void run_coded(const OptimizerStepParams& params, const OptimizerTensor& t, int64_t begin,
-               int64_t num_blocks) {
+               int64_t num_blocks, int64_t ahead) {
   if (t.operands[kState2] != nullptr) {
-    CodedBlocks<kRule, 7>(params, t).run(begin, num_blocks);
+    CodedBlocks<kRule, 7>(params, t, ahead).run(begin, num_blocks);
   } else if (t.operands[kState1] != nullptr) {
-    CodedBlocks<kRule, 3>(params, t).run(begin, num_blocks);
+    CodedBlocks<kRule, 3>(params, t, ahead).run(begin, num_blocks);
   } else {
-    CodedBlocks<kRule, 1>(params, t).run(begin, num_blocks);
+    CodedBlocks<kRule, 1>(params, t, ahead).run(begin, num_blocks);
   }
 }
 
@@ -65,30 +72,28 @@ void run_item(const OptimizerStepParams& params, const OptimizerItem& item) {
   const DType p = t.dtypes[kParameter], g = t.dtypes[kGradient], s = t.dtypes[kState0];
   if (p == DType::kFloat64) return run_staged<kRule, double>(params, t, item);
   if (is_direct(t) && p == g) {
-    const OptimizerNumbers<double>& numbers = params.numbers[t.numbers];
-    const bool write = params.write_gradient;
     const bool same = s == p || t.operands[kState0] == nullptr;
     if (p == DType::kFloat32 && same) {
-      return run_direct<kRule, float, float, float, float>(t, item, numbers, write);
+      return run_direct<kRule, float, float, float, float>(params, t, item);
     }
     if (p == DType::kFloat32 && s == DType::kBFloat16) {
-      return run_direct<kRule, float, float, BFloat16, float>(t, item, numbers, write);
+      return run_direct<kRule, float, float, BFloat16, float>(params, t, item);
     }
     if (p == DType::kBFloat16 && same) {
-      return run_direct<kRule, BFloat16, BFloat16, BFloat16, float>(t, item, numbers, write);
+      return run_direct<kRule, BFloat16, BFloat16, BFloat16, float>(params, t, item);
     }
     if (p == DType::kBFloat16 && s == DType::kFloat32) {
-      return run_direct<kRule, BFloat16, BFloat16, float, float>(t, item, numbers, write);
+      return run_direct<kRule, BFloat16, BFloat16, float, float>(params, t, item);
     }
     if (p == DType::kFloat16 && same) {
-      return run_direct<kRule, Float16, Float16, Float16, float>(t, item, numbers, write);
+      return run_direct<kRule, Float16, Float16, Float16, float>(params, t, item);
     }
   }
   const int64_t num_blocks = item.count / kOptimizerBlock;
   const bool has_gap = t.operands[kState1] == nullptr && t.operands[kState2] != nullptr;
   if (t.int8_states && t.layout < 0 && p == DType::kFloat32 && g == p && num_blocks > 0 &&
       !has_gap) {
-    run_coded<kRule>(params, t, item.begin, num_blocks);
+    run_coded<kRule>(params, t, item.begin, num_blocks, ahead_of(params, item));
     const int64_t done = num_blocks * kOptimizerBlock;
     const OptimizerItem rest = {item.tensor, static_cast<int32_t>(item.count - done),
                                 item.begin + done};

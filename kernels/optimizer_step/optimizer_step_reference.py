@@ -135,6 +135,7 @@ def encode_int8(x: Tensor, is_signed: bool, salt: int) -> tuple[Tensor, Tensor]:
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
     largest = _from_bits((_float_bits(blocks) & 0x7FFFFFFF).amax(1)) if x.numel() else blocks[:, 0]
     scale = torch.where(largest < torch.finfo(torch.float32).tiny, 0.0, largest)
+    scale = torch.where(scale.isnan(), torch.nan, scale)  # of the same bits everywhere
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
     element = torch.arange(flat.numel(), device=x.device)
     dither = ((element * 0x9E3779B1 + salt) & MASK) >> 12
@@ -143,9 +144,11 @@ def encode_int8(x: Tensor, is_signed: bool, salt: int) -> tuple[Tensor, Tensor]:
     if is_signed:
         offset = _float_bits(_from_bits(bits & 0x7FFFFFFF) + 2.0**-15)
         code = ((offset - SIGNED_CODE_BASE + dither) >> 20) & 0x7F | (bits >> 31) << 7
+        code = torch.where(y.isnan(), 0x7F, code)
     else:
         bits = torch.where(bits >= 1 << 31, 0, bits).clamp(min=POSITIVE_CODE_BASE)
         code = ((bits - POSITIVE_CODE_BASE + dither) >> 20) & 0xFF
+        code = torch.where(y.isnan(), 0xFF, code)
     return code.to(torch.uint8).view(x.shape), scale
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from ._native import get_num_threads, native
 from ._op import ListOp
 from ._optimizer_groups import PLAIN_TYPES, Group, Missing, items_of
 
-__all__ = ["Flag", "Group", "Hyper", "Rule", "Scaling", "optimizer_step", "square_sum"]
+__all__ = ["Flag", "Group", "Hyper", "Rule", "Scaling", "prepare_step", "square_sum"]
 
 
 def is_capturing(like: Tensor) -> bool:
@@ -28,6 +28,10 @@ def is_capturing(like: Tensor) -> bool:
         return False
     with torch.cuda.device_of(like):
         return torch.cuda.is_current_stream_capturing()
+
+
+# The step, which cannot fail but by the device; or what it lacks; or None: no kernel takes it.
+Prepared = Callable[[], None] | Missing | None
 
 
 @dataclass
@@ -126,45 +130,65 @@ def _plan(
     return missing or plan
 
 
-def _step_cpu(rule: Rule, groups: Sequence[Group], scaling: Scaling, workspace: Workspace) -> Any:
+def _prepare_cpu(
+    rule: Rule, groups: Sequence[Group], scaling: Scaling, workspace: Workspace
+) -> Prepared:
     if scaling.skips():
-        return Missing()
+        return _nothing
     plan = _plan(rule, groups, scaling.numbers(), workspace)
-    if plan is not None and not isinstance(plan, Missing):
+    if plan is None or isinstance(plan, Missing):
+        return plan
+
+    def run() -> None:
         plan.run(get_num_threads())
         plan.bump_versions()
-    return plan
+
+    return run
 
 
-def _step_cuda(rule: Rule, groups: Sequence[Group], scaling: Scaling, workspace: Workspace) -> Any:
+def _prepare_cuda(
+    rule: Rule, groups: Sequence[Group], scaling: Scaling, workspace: Workspace
+) -> Prepared:
     plan = _plan(rule, groups, (1.0, 1.0, scaling.unscale is not None), workspace, False)
-    if plan is not None and not isinstance(plan, Missing):
-        if is_capturing(groups[0].params[0]) and plan.counts_on_host():
-            raise RuntimeError(
-                "optimizer step: step counts are on the CPU, where the replay of a captured graph "
-                "does not count; make them with fused=True or capturable=True"
-            )
-        table, memory = workspace.get(plan.table_size(), groups[0].params[0])
+    if plan is None or isinstance(plan, Missing):
+        return plan
+    like = groups[0].params[0]
+    if is_capturing(like) and plan.counts_on_host():
+        raise RuntimeError(
+            "optimizer step: step counts are on the CPU, where the replay of a captured graph "
+            "does not count; make them with fused=True or capturable=True"
+        )
+
+    def run() -> None:
+        table, memory = workspace.get(plan.table_size(), like)
         plan.run_cuda(table, memory, scaling.unscale, scaling.clip, scaling.found_inf)
         plan.bump_versions()
-    return plan
+
+    return run
 
 
-def _step_reference(rule: Rule, groups: Sequence[Group], scaling: Scaling, _: Workspace) -> Any:
+def _prepare_reference(
+    rule: Rule, groups: Sequence[Group], scaling: Scaling, _: Workspace
+) -> Prepared:
     if scaling.skips():
-        return Missing()
+        return _nothing
     found = items_of(groups, scaling.unscale is not None)
     if found is None:
         return None
     items, steps, missing = found
     if missing:
         return missing
-    optimizer_step_reference(rule, items, *scaling.numbers())
-    _count(steps)
-    return True
+
+    def run() -> None:
+        optimizer_step_reference(rule, items, *scaling.numbers())
+        _count(steps)
+
+    return run
 
 
-def _step_triton(rule: Rule, groups: Sequence[Group], scaling: Scaling, _: Workspace) -> Any:
+def _prepare_triton(
+    rule: Rule, groups: Sequence[Group], scaling: Scaling, _: Workspace
+) -> Prepared:
     from ..kernels.optimizer_step.optimizer_step_triton import optimizer_step_triton
 
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -179,17 +203,20 @@ def _step_triton(rule: Rule, groups: Sequence[Group], scaling: Scaling, _: Works
     if missing:
         return missing
     if not items:
-        return True
-    is_skipped = scaling.skips()
-    with torch.cuda.device_of(items[0].gradient):
-        optimizer_step_triton(rule, items, scaling.unscale, scaling.clip, scaling.found_inf)
-    if not is_skipped:
-        _count(steps)
-    writes = scaling.unscale is not None
-    changed = [item.parameter for item in items if item.parameter is not None]
-    changed += [item.gradient for item in items if writes or item.flags & Flag.ZERO_GRADIENT]
-    torch._C._increment_version(changed)
-    return True
+        return _nothing
+
+    def run() -> None:
+        is_skipped = scaling.skips()
+        with torch.cuda.device_of(items[0].gradient):
+            optimizer_step_triton(rule, items, scaling.unscale, scaling.clip, scaling.found_inf)
+        if not is_skipped:
+            _count(steps)
+        writes = scaling.unscale is not None
+        changed = [item.parameter for item in items if item.parameter is not None]
+        changed += [item.gradient for item in items if writes or item.flags & Flag.ZERO_GRADIENT]
+        torch._C._increment_version(changed)
+
+    return run
 
 
 def _count(steps: list[Tensor]) -> None:
@@ -197,23 +224,27 @@ def _count(steps: list[Tensor]) -> None:
         torch._foreach_add_(steps, 1)
 
 
+def _nothing() -> None:
+    pass
+
+
 KERNELS = {
-    "cpu": _step_cpu,
-    "cuda": _step_cuda,
-    "triton": _step_triton,
-    "reference": _step_reference,
+    "cpu": _prepare_cpu,
+    "cuda": _prepare_cuda,
+    "triton": _prepare_triton,
+    "reference": _prepare_reference,
 }
 _optimizer_step = ListOp("optimizer_step", KERNELS)
 
 
-def optimizer_step(
+def prepare_step(
     rule: Rule,
     groups: Sequence[Group],
     like: Tensor,
     scaling: Scaling | None = None,
     workspace: Workspace | None = None,
-) -> Missing | None:
-    """Step the tensors of all groups in place, in one pass.
+) -> Prepared:
+    """Check the tensors of all groups for a step of all in one pass, which changes them in place.
 
     Args:
         rule: the update.
@@ -223,16 +254,16 @@ def optimizer_step(
         workspace: of an optimizer, to be used again.
 
     Returns:
-        Where states are missing, which, and nothing has been done; else an empty ``Missing``. None
-        where a kernel cannot take the tensors as they are: subclasses, several devices, other
-        dtypes; nothing has been done then.
+        What makes the step. Where states are missing, which; None where a kernel cannot take the
+        tensors as they are: subclasses, several devices, other dtypes.
+
+    Raises:
+        ValueError, RuntimeError: for tensors that do not fit. Nothing has been done then.
     """
     kernel = _optimizer_step.kernels[_optimizer_step.backend_of(like)]
     scaling = Scaling() if scaling is None else scaling.on(like.device)
-    done = kernel(rule, groups, scaling, workspace or Workspace())
-    if done is None or isinstance(done, Missing):
-        return done
-    return Missing()
+    prepared: Prepared = kernel(rule, groups, scaling, workspace or Workspace())
+    return prepared
 
 
 def square_sum(grads: list[Tensor]) -> Tensor:

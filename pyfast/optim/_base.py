@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _backend
-from ..ops._optimizer_groups import Group, is_plain
-from ..ops.optimizer_step import KERNELS, Hyper, Rule, Scaling, Workspace, optimizer_step
+from ..ops._optimizer_groups import Group, Missing, is_plain
+from ..ops.optimizer_step import KERNELS, Hyper, Rule, Scaling, Workspace, prepare_step
 from . import _extras
 from ._distributed import local, total_norm
 from ._ema import swapped
@@ -182,17 +182,45 @@ class FusedOptimizer(Optimizer):
         max_norm = self.param_groups[0].get("max_grad_norm")
         if max_norm is not None:
             scaling.clip = self._clip_scale(max_norm, scaling.unscale)
+        created: list[tuple[Tensor, str]] = []
+        try:
+            self._step_all(groups, parts, scaling, created)
+        except Exception:
+            for p, name in created:
+                del self.state[p][name]
+                if not self.state[p]:
+                    del self.state[p]
+            raise
+
+    def _step_all(
+        self,
+        groups: list[Group],
+        parts: dict[Any, list[Any]] | None,
+        scaling: Scaling,
+        created: list[tuple[Tensor, str]],
+    ) -> None:
+        """Step the parts, or all groups together where there are none; notes the states that it
+        creates. Every part is checked before the first is stepped."""
         if parts is None:
             like = next((p for group in groups for p in group.params), None)
-            if like is None or self._step_groups(groups, like, scaling):
+            if like is None:
+                return
+            run = self._prepared(groups, like, scaling, created)
+            if run is not None:
+                run()
                 return
             parts = self._parts(groups)
         torch_groups = parts.pop("torch", [])
+        runs = []
+        for part in parts.values():
+            run = self._prepared(part, part[0].params[0], scaling, created)
+            if run is None:
+                raise RuntimeError(f"{type(self).__name__}: no kernel takes {part[0].params}")
+            runs.append(run)
         if torch_groups:  # first: it may refuse
             self._torch_step(torch_groups)
-        for part in parts.values():
-            if not self._step_groups(part, part[0].params[0], scaling):
-                raise RuntimeError(f"{type(self).__name__}: no kernel takes {part[0].params}")
+        for run in runs:
+            run()
 
     def _has_other_parameters(self) -> bool:
         """Whether there are parameters, of those that have been given when groups were made, that
@@ -209,7 +237,8 @@ class FusedOptimizer(Optimizer):
     def _is_torchs(self) -> bool:
         """Whether no kernel serves the device, and torch's own code does all that is asked for: it
         is then faster than the reference."""
-        like = next((p for group in self.param_groups for p in group["params"]), None)
+        params = (p for group in self.param_groups for p in group["params"])
+        like = next(filter(is_plain, map(local, params)), None)
         return (
             like is not None
             and _backend.forced() is None
@@ -270,28 +299,27 @@ class FusedOptimizer(Optimizer):
     def _is_random(group: dict[str, Any]) -> bool:
         return group.get("state_dtype") == "int8" or bool(group.get("stochastic_rounding"))
 
-    def _step_groups(self, groups: list[Group], like: Tensor, scaling: Scaling) -> bool:
-        """Step plain tensors on one device; False, with nothing done, if that is not what the
+    def _prepared(
+        self,
+        groups: list[Group],
+        like: Tensor,
+        scaling: Scaling,
+        created: list[tuple[Tensor, str]],
+    ) -> Callable[[], None] | None:
+        """The step of plain tensors on one device, with their states; None if that is not what the
         groups are."""
-        missing = optimizer_step(self._rule, groups, like, scaling, self._workspace)
-        if not missing:
-            return missing is not None
+        prepared = prepare_step(self._rule, groups, like, scaling, self._workspace)
+        if not isinstance(prepared, Missing):
+            return prepared
         if self._rule == Rule.SGD and scaling.skips():
             # A momentum buffer begins as a gradient that is applied; this one is not.
-            self._zero_gradients()
-            return True
-        created: list[tuple[Tensor, str]] = []
-        try:
-            for group, positions in zip(groups, missing.positions, strict=True):
-                if positions:
-                    group.fresh = self._init_states(group, positions, created)
-            return optimizer_step(self._rule, groups, like, scaling, self._workspace) is not None
-        except Exception:
-            for p, name in created:
-                del self.state[p][name]
-                if not self.state[p]:
-                    del self.state[p]
-            raise
+            return self._zero_gradients
+        for group, positions in zip(groups, prepared.positions, strict=True):
+            if positions:
+                group.fresh = self._init_states(group, positions, created)
+        prepared = prepare_step(self._rule, groups, like, scaling, self._workspace)
+        assert not isinstance(prepared, Missing)
+        return prepared
 
     def _init_states(
         self,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.optimizer_step import Group, Hyper, Rule, optimizer_step
+from ..ops._optimizer_groups import Group, Missing
+from ..ops.optimizer_step import Hyper, Rule, prepare_step
 
 
 @contextlib.contextmanager
@@ -86,8 +87,11 @@ class EMA:
                 Hyper(ema_decay=self.decay),
                 grads=[params[i] for i in chosen],
             )
-            done = optimizer_step(Rule.NONE, [group], group.params[0])
-            if done is None:
+            step = prepare_step(Rule.NONE, [group], group.params[0])
+            if step is not None:
+                assert not isinstance(step, Missing)
+                step()
+            else:
                 for i in chosen:
                     self.averages[i].lerp_(params[i].to(self.averages[i].dtype), 1 - self.decay)
 
