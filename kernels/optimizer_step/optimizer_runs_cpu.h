@@ -19,8 +19,9 @@ struct States {
   S* s[kMaxOptimizerStates];
 };
 
-// Brings what is `bytes` behind a place into cache; there need be no memory.
-inline void prefetch_ahead(const void* place, int64_t bytes) {
+// Brings what is `bytes` behind a place into cache; there need be no memory. (Not inlined at once,
+// GCC takes it for a function without effect, and leaves it out.)
+PYFAST_ALWAYS_INLINE void prefetch_ahead(const void* place, int64_t bytes) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(place) +
                                                    static_cast<uintptr_t>(bytes)),
                      1);
