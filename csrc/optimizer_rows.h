@@ -50,6 +50,7 @@ class OptimizerRows {
     sources.clear();
     steps.clear();
     extents.clear();
+    written_gradients.clear();
   }
 
   std::vector<OptimizerTensor> tensors;
@@ -57,6 +58,7 @@ class OptimizerRows {
   std::vector<OptimizerSource> sources;
   std::vector<std::pair<void*, bool>> steps;  // on the CPU; whether they are double
   std::vector<Extent> extents;                // of the parameters that change
+  std::vector<const void*> written_gradients;
 
   // False for what the kernels cannot take.
   bool add(const OptimizerObjects& objects, const OptimizerGroup& group) {
@@ -65,7 +67,6 @@ class OptimizerRows {
     Tensor& g = views[kGradient];
     if (!assign(&p, objects.parameter) || !assign(&g, objects.gradient)) return false;
     if (!is_supported(p) || !is_supported(g)) return false;
-    if (with_python_ && is_negated(objects.gradient)) return false;
     PyObject* const* found = objects.states;
     OptimizerTensor t = {};
     t.flags = objects.flags;
@@ -128,6 +129,7 @@ class OptimizerRows {
     add_layout_if_needed(&t, views);
     if (writes_gradients_ || objects.flags & kZeroGradient) {
       require_apart("a gradient that is written", g);
+      if (t.num_elements != 0) written_gradients.push_back(g.data());
     }
     if (t.num_elements != 0) {
       tensors.push_back(t);
@@ -139,7 +141,7 @@ class OptimizerRows {
   // A gradient alone, to be measured or scaled.
   bool add_gradient(PyObject* gradient) {
     Tensor view;
-    if (!assign(&view, gradient) || !is_supported(view) || is_negated(gradient)) return false;
+    if (!assign(&view, gradient) || !is_supported(view)) return false;
     OptimizerTensor t = {};
     t.layout = -1;
     set_operand(&t, kGradient, view, view.dtype("gradient"));
@@ -168,6 +170,7 @@ class OptimizerRows {
     join(&sources, other->sources);
     join(&steps, other->steps);
     join(&extents, other->extents);
+    join(&written_gradients, other->written_gradients);
   }
 
  private:
@@ -176,10 +179,10 @@ class OptimizerRows {
     const Tensor* tensor;
   };
 
-  // False for tensors that have no memory of their own to show (sparse ones for example).
+  // False for tensors whose memory does not show their values (sparse ones for example).
   bool assign(Tensor* view, PyObject* object) const {
     if (!with_python_) return view->assign_torch_tensor(object);
-    return try_assign(view, object);
+    return try_assign(view, object) && !(view->api() != nullptr && is_negated(object));
   }
 
   const char* name_of(const OptimizerGroup& group, int name) const {

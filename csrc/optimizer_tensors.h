@@ -39,7 +39,7 @@ class OptimizerTensors {
   // Adds the parameters of a group that have a gradient. `states` is a dict by parameter or a list;
   // `grads` may be None for the .grad of each, `indices` None for counting from first_index,
   // `fresh` None for none. Returns the positions of those without a state that `names` asks for,
-  // which are not added; or None for a group that the kernels cannot take.
+  // which are added without any; or None for a group that the kernels cannot take.
   py::object add_group(const py::list& params, const py::object& grads, const py::object& states,
                        const py::tuple& names, const py::tuple& hyper, uint32_t flags,
                        uint64_t seed, uint32_t first_index, const py::object& indices,
@@ -75,7 +75,10 @@ class OptimizerTensors {
       const py::object state = lookup_->find(parameter.ptr(), i);
       const bool is_complete = find_states(state, names, &found);
       walk_.pass(found, state.ptr());
-      if (!is_complete) missing.append(i);
+      if (!is_complete) {
+        missing.append(i);
+        std::fill(std::begin(found.states), std::end(found.states), nullptr);
+      }
       kept().push_back(std::move(grad));
       kept().push_back(parameter);
       for (PyObject* object : found.states) {
@@ -121,11 +124,14 @@ class OptimizerTensors {
       }
       if (num_done == num_shares) {
         for (size_t t = 1; t < shares.size(); ++t) shares[0].append(&shares[t]);
+        require_own_gradients();
         return true;
       }
     }
     rows().begin(changes_parameters_, writes_gradients_, true, device_);
-    return add(0, count, &rows());
+    if (!add(0, count, &rows())) return false;
+    require_own_gradients();
+    return true;
   }
 
   // Adds gradients alone, to be measured or scaled; false where the kernels cannot take one.
@@ -187,6 +193,17 @@ class OptimizerTensors {
 
  private:
   static constexpr int64_t kMinShare = 256;  // tensors that are worth a thread
+
+  // One that is written for a parameter would be another one for the next.
+  void require_own_gradients() {
+    std::vector<const void*> written = rows().written_gradients;
+    std::sort(written.begin(), written.end());
+    if (std::adjacent_find(written.begin(), written.end()) != written.end()) {
+      throw std::runtime_error(
+          "optimizer step: a gradient that is written (unscaled or zeroed) must belong to one "
+          "parameter, got the same one for two");
+    }
+  }
 
   static bool is_plain(PyObject* object, const py::tuple& types) {
     for (size_t i = 0; i < types.size(); ++i) {

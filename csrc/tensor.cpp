@@ -23,8 +23,9 @@ const dlpack::ExchangeApi* find_exchange_api(PyTypeObject* type) {
   return api;
 }
 
-// Tensors are nearly always of two types, torch.Tensor and Parameter. Their exchange tables are
-// kept: the lookup is a tenth of a small call.
+// Tensors are nearly always torch.Tensor or Parameter. Their exchange tables are kept: the lookup
+// is a tenth of a small call. No other type is kept: reading a tensor of one of these never calls
+// Python, which a subclass may.
 struct KnownType {
   PyTypeObject* type;
   const dlpack::ExchangeApi* api;
@@ -41,15 +42,7 @@ const dlpack::ExchangeApi* known_exchange_api(PyTypeObject* type) {
 
 const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
   const dlpack::ExchangeApi* api = known_exchange_api(type);
-  if (api != nullptr) return api;
-  api = find_exchange_api(type);
-  for (KnownType& known : known_types) {
-    if (known.type != nullptr || api == nullptr) continue;
-    Py_INCREF(type);  // no other type can then have its address
-    known = {type, api};
-    break;
-  }
-  return api;
+  return api != nullptr ? api : find_exchange_api(type);
 }
 
 std::string shape_text(const Tensor& tensor) {
@@ -67,7 +60,13 @@ Tensor::~Tensor() {
   if (managed_ != nullptr && managed_->deleter != nullptr) managed_->deleter(managed_);
 }
 
-bool Tensor::set_up(py::handle probe) {
+bool Tensor::set_up(py::handle tensor_type, py::handle parameter_type, py::handle probe) {
+  KnownType* known = known_types;
+  for (py::handle type : {tensor_type, parameter_type}) {
+    auto* const object = reinterpret_cast<PyTypeObject*>(type.ptr());
+    *known++ = {object, find_exchange_api(object)};
+    type.inc_ref();  // no other type can then have its address
+  }
   return use_torch_shim(probe, probe.is_none() ? nullptr : exchange_api(Py_TYPE(probe.ptr())));
 }
 

@@ -27,9 +27,9 @@ class Tensor {
   Tensor& operator=(const Tensor&) = delete;
   ~Tensor();
 
-  // Whether torch's C interface reads tensors from now on. It does if it agrees with DLPack about
-  // `probe`, a torch tensor on the CPU; None turns it off.
-  static bool set_up(py::handle probe);
+  // Takes torch's two types. Whether torch's C interface reads their tensors from now on: it does
+  // if it agrees with DLPack about `probe`, a torch tensor on the CPU; None turns it off.
+  static bool set_up(py::handle tensor_type, py::handle parameter_type, py::handle probe);
 
   // Fills the view from a Python object; false when the object is not a tensor.
   bool assign(py::handle object);

@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch  # before _C: the native module binds to the OpenMP runtime that torch loads
+from torch.utils._python_dispatch import _disable_current_modes
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -26,7 +27,9 @@ TRITON_DTYPES = KERNEL_DTYPES - {torch.float64}
 def _load_native() -> tuple[types.ModuleType | None, str]:
     try:
         module = importlib.import_module("._C", __package__)
-        module.set_up(torch.empty(2, 3, device="cpu"))
+        with _disable_current_modes():  # a fake tensor would not do
+            probe = torch.empty(2, 3, device="cpu")
+        module.set_up(torch.Tensor, torch.nn.Parameter, probe)
         return module, ""
     except ImportError as error:
         if importlib.util.find_spec(f"{__package__}._C") is None:

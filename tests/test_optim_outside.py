@@ -3,6 +3,8 @@ silently wrong."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 import time
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from conftest import Backend
 from torch import Tensor
 
+import pyfast
 import pyfast.optim as optim
 
 
@@ -223,3 +226,98 @@ def test_parameters_that_come_to_share_memory() -> None:
     p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
     optimizer.step()
     assert torch.equal(q, torch.full_like(q, -2.0))
+
+
+@pytest.mark.parametrize("what", ["parameter", "state"])
+def test_memory_with_the_other_sign(what: str) -> None:
+    """As that of z.conj().imag: memory does not show the values."""
+    p = torch.zeros(5).requires_grad_()
+    optimizer = optim.SGD([p], lr=1.0, momentum=0.5)
+    p.grad = torch.ones(5)
+    optimizer.step()
+    negated = torch.full((5,), 3.0j).conj().imag  # -3
+    if what == "parameter":
+        p.data = negated
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), torch.full((5,), -4.5))
+    else:
+        optimizer.state[p]["momentum_buffer"] = negated
+        before = p.detach().clone()
+        with pytest.raises(ValueError, match=r"momentum_buffer .* does not fit"):
+            optimizer.step()
+        assert torch.equal(p, before)
+
+
+def test_inference_tensors_are_refused_unchanged() -> None:
+    with torch.inference_mode():
+        frozen = torch.ones(4)
+    q = torch.ones(4).requires_grad_()
+    optimizer = optim.AdamW([q], lr=0.1)
+    q.grad = torch.ones(4)
+    optimizer.param_groups[0]["params"].append(frozen)
+    frozen.grad = None
+    with torch.inference_mode():
+        frozen.grad = torch.ones(4)
+    with pytest.raises(RuntimeError, match="nference"):
+        optimizer.step()
+    assert torch.equal(q, torch.ones(4)) and torch.equal(frozen, torch.ones(4))
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("written", ["zeroed", "unscaled"])
+@pytest.mark.backends("cpu", "cuda", "triton", "reference")
+def test_a_written_gradient_of_two_parameters(backend: Backend, written: str) -> None:
+    p, q = (torch.zeros(5, device=backend.device).requires_grad_() for _ in range(2))
+    p.grad = q.grad = torch.full((5,), 16.0, device=backend.device)
+    optimizer = optim.SGD([p, q], lr=1.0, zero_grads=written == "zeroed")
+    if written == "unscaled":
+        optimizer.grad_scale = torch.tensor(4.0, device=backend.device)  # type: ignore[attr-defined]
+        optimizer.found_inf = torch.tensor(0.0, device=backend.device)  # type: ignore[attr-defined]
+    with pyfast.use_backend(backend.name), pytest.raises(RuntimeError, match="the same one"):
+        optimizer.step()
+    assert torch.equal(p, torch.zeros_like(p)) and torch.equal(q, torch.zeros_like(q))
+    assert p.grad is not None and torch.equal(p.grad, torch.full_like(p, 16.0))
+
+
+def test_a_gradient_of_two_parameters_is_clipped_once() -> None:
+    p, q = (torch.zeros(8).requires_grad_() for _ in range(2))
+    p.grad = q.grad = torch.ones(8)
+    assert float(optim.clip_grad_norm_([p, q], 2.0)) == 4.0
+    torch.testing.assert_close(p.grad, torch.full((8,), 0.5))
+
+
+def test_an_incomplete_int8_state() -> None:
+    p = torch.ones(300).requires_grad_()
+    optimizer = optim.AdamW([p], lr=0.1, state_dtype="int8")
+    train(optimizer, [p])
+    del optimizer.state[p]["exp_avg_scale"]
+    train(optimizer, [p])
+    assert optimizer.state[p]["exp_avg_scale"].shape == (2,)
+
+
+def test_gradients_without_memory_and_params_in_a_tuple() -> None:
+    p = torch.ones(4).requires_grad_()
+    optimizer = optim.SGD([p], lr=0.1, weight_decay=1.0)
+    p.grad = torch._efficientzerotensor(4)
+    optimizer.param_groups[0]["params"] = (p,)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((4,), 0.9))
+
+
+def test_copies_of_everything_that_an_optimizer_has() -> None:
+    p = torch.ones(4).requires_grad_()
+    optimizer = optim.SGD([p], lr=0.1)
+    train(optimizer, [p])
+    assert set(copy.deepcopy(vars(optimizer))) == set(vars(optimizer))
+    assert set(pickle.loads(pickle.dumps(vars(optimizer)))) == set(vars(optimizer))
+
+
+def test_a_refused_step_leaves_the_norm() -> None:
+    p = torch.ones(4).requires_grad_()
+    optimizer = optim.AdamW([p], max_grad_norm=1.0)
+    train(optimizer, [p])
+    norm = optimizer.grad_norm
+    optimizer.state[p]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="does not fit"):
+        train(optimizer, [p])
+    assert norm is not None and optimizer.grad_norm is norm

@@ -5,6 +5,8 @@ Both must see what is there now, and neither keep anything from the step before.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,7 +39,8 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def use(way: str) -> None:
-    assert native.set_up(torch.empty(2, 3) if way == "interface" else None) == (way == "interface")
+    probe = torch.empty(2, 3) if way == "interface" else None
+    assert native.set_up(Tensor, torch.nn.Parameter, probe) == (way == "interface")
 
 
 def values(i: int) -> Tensor:
@@ -282,7 +285,65 @@ def test_the_interface_is_turned_down() -> None:
     """For a probe that it does not read as DLPack does."""
     try:
         for probe in (None, 3, torch.empty(2, 3).numpy(), torch._neg_view(torch.ones(3))):
-            assert not native.set_up(probe)
+            assert not native.set_up(Tensor, torch.nn.Parameter, probe)
             assert_bits_equal(pyfast.nn.functional.dropout(torch.ones(9), 0.0), torch.ones(9))
     finally:
         use("interface")
+
+
+# A wrapper asks Python for its sizes, which waits for the thread that waits for all to be read.
+WRAPPED_STATE = """
+import torch, pyfast
+from torch.utils._pytree import tree_map
+torch.set_num_threads(2)
+
+class Wrapper(torch.Tensor):
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, dispatch_sizes_strides_policy="sizes")
+    def __init__(self, inner):
+        self.inner = inner
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        inner = lambda x: x.inner if isinstance(x, Wrapper) else x
+        return function(*tree_map(inner, args), **tree_map(inner, kwargs or {}))
+
+params = [torch.ones(4, requires_grad=True) for _ in range(700)]
+for p in params:
+    p.grad = torch.ones(4)
+optimizer = pyfast.optim.AdamW(params)
+optimizer.step()
+optimizer.state[params[-1]]["exp_avg"] = Wrapper(torch.zeros(4))
+for _ in range(2):
+    try:
+        optimizer.step()
+    except ValueError:
+        print("refused")
+"""
+
+
+def test_a_state_that_calls_python() -> None:
+    command = [sys.executable, "-c", WRAPPED_STATE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["refused", "refused"]
+
+
+def test_imported_under_a_fake_mode() -> None:
+    code = """
+from torch._subclasses import FakeTensorMode
+with FakeTensorMode():
+    import pyfast
+import torch
+params = [torch.nn.Parameter(torch.ones(4)) for _ in range(700)]
+for p in params:
+    p.grad = torch.ones(4)
+optimizer = pyfast.optim.SGD(params, lr=1.0)
+optimizer.step()
+calls, is_neg = [], torch.Tensor.is_neg  # asked for each tensor by the way through DLPack alone
+torch.Tensor.is_neg = lambda self: calls.append(0) or is_neg(self)
+optimizer.step()
+assert len(calls) < 10, len(calls)
+assert all(float(p.sum()) == -4 for p in params)
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=120, check=True)

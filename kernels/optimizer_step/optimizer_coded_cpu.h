@@ -5,11 +5,11 @@
 
 namespace pyfast::PYFAST_ISA {
 
-// Whole blocks of a float32 tensor with int8 states. While one block is updated, which keeps the
-// divider busy, the codes of the block before are made, which keeps the integer units busy.
-// Bit i of kStates says that there is a state i: known to the compiler, this saves a quarter of the
-// time.
-template <OptimizerRule kRule, int kStates>
+// Whole blocks of a tensor with int8 states, whose gradient is of type P. While one block is
+// updated, which keeps the divider busy, the codes of the block before are made, which keeps the
+// integer units busy. Bit i of kStates says that there is a state i: known to the compiler, this
+// saves a quarter of the time.
+template <OptimizerRule kRule, int kStates, typename Parameter, typename P>
 class CodedBlocks {
  public:
   // Arrays are fetched `ahead` bytes before their use, if that is not 0.
@@ -17,6 +17,7 @@ class CodedBlocks {
       : t_(t),
         numbers_(params.numbers[t.numbers]),
         rounded_(rounded_numbers<V>(numbers_)),
+        parameter_(t, numbers_),
         write_gradient_(params.write_gradient),
         ahead_(ahead),
         salt_(optimizer_random(t.seed, static_cast<uint64_t>(numbers_.step), t.index).salt) {}
@@ -54,8 +55,9 @@ class CodedBlocks {
   template <bool kEncodes>
   PYFAST_ALWAYS_INLINE void update_block(int64_t begin, int64_t turn,
                                          const OptimizerNumbers<V>& numbers) {
-    float* const p = at<float>(t_, kParameter, begin);
-    const float* const g = at<float>(t_, kGradient, begin);
+    parameter_.move_to(begin);
+    const Parameter p = parameter_;
+    const P* const g = at<P>(t_, kGradient, begin);
     uint8_t* const codes[] = {at<uint8_t>(t_, kState0, begin), at<uint8_t>(t_, kState1, begin),
                               at<uint8_t>(t_, kState2, begin)};
     V scales[kMaxOptimizerStates];
@@ -74,11 +76,11 @@ class CodedBlocks {
       PYFAST_UNROLL
       for (int k = j; k < j + DitherGroup::kElements; k += V::kLanes) {
         if (ahead != 0) {
-          prefetch_ahead(p + k, ahead);
+          p.prefetch(k, ahead);
           prefetch_ahead(g + k, ahead);
         }
         OptimizerValues<V> x;
-        x.p = V::load(p + k);
+        x.p = p.template load<V>(k, V::kLanes);
         x.g = V::load(g + k);
         V* const s[] = {&x.s0, &x.s1, &x.s2};
         PYFAST_UNROLL
@@ -89,7 +91,7 @@ class CodedBlocks {
           }
         }
         optimizer_update<kRule>(x, numbers);
-        x.p.store(p + k);
+        p.store(x.p, k, V::kLanes);
         PYFAST_UNROLL
         for (int i = 0; i < kMaxOptimizerStates; ++i) {
           if (!exists(i)) continue;
@@ -129,21 +131,21 @@ class CodedBlocks {
   }
 
   void finish(int64_t begin) {
-    float* const g = at<float>(t_, kGradient, begin);
+    P* const g = at<P>(t_, kGradient, begin);
     if (t_.operands[kEma] != nullptr) {
-      average_run(at<float>(t_, kParameter, begin), at<float>(t_, kEma, begin), kOptimizerBlock,
-                  numbers_, ahead_);
+      average_run(parameter_, at<float>(t_, kEma, begin), kOptimizerBlock, numbers_, ahead_);
     }
     if (t_.flags & kZeroGradient) {
-      memset(g, 0, kOptimizerBlock * sizeof(float));
+      memset(static_cast<void*>(g), 0, kOptimizerBlock * sizeof(P));
     } else if (write_gradient_) {
-      scale_run<float, float>(g, kOptimizerBlock, numbers_);
+      scale_run<P, float>(g, kOptimizerBlock, numbers_);
     }
   }
 
   const OptimizerTensor& t_;
   const OptimizerNumbers<double>& numbers_;
   OptimizerNumbers<V> rounded_;
+  Parameter parameter_;
   bool write_gradient_;
   int64_t ahead_;
   uint32_t salt_;

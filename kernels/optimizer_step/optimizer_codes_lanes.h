@@ -51,9 +51,8 @@ class DitherLanes {
 class LargestLanes {
  public:
   void add(Vec<float> x) { add_magnitude(_mm512_abs_ps(x.v)); }
-  // By its bits without the sign, which may be set in NaN alone.
-  void add_magnitude(__m512 x) { largest_ = _mm512_max_epu32(largest_, _mm512_castps_si512(x)); }
-  uint32_t bits() const { return _mm512_reduce_max_epu32(largest_) & 0x7FFFFFFFu; }
+  void add_magnitude(__m512 x) { largest_ = _mm512_max_epi32(largest_, _mm512_castps_si512(x)); }
+  uint32_t bits() const { return static_cast<uint32_t>(_mm512_reduce_max_epi32(largest_)); }
 
  private:
   __m512i largest_ = _mm512_setzero_si512();
@@ -66,12 +65,9 @@ constexpr int kEncodedVectors = 4;
 class StagedState {
  public:
   void put(int j, Vec<float> x, bool is_signed, LargestLanes* largest) {
-    __m512 magnitude = x.v;
-    if (is_signed) {
-      magnitude = _mm512_abs_ps(x.v);
-      negative_[j / 16] = _mm512_movepi32_mask(_mm512_castps_si512(x.v));
-    }
-    _mm512_store_ps(values_ + j, magnitude);
+    const __m512 magnitude = _mm512_abs_ps(x.v);
+    if (is_signed) negative_[j / 16] = _mm512_movepi32_mask(_mm512_castps_si512(x.v));
+    _mm512_store_ps(values_ + j, is_signed ? magnitude : x.v);
     largest->add_magnitude(magnitude);
   }
 

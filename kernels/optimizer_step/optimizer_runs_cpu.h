@@ -1,8 +1,7 @@
 // Loops over dense arrays: the update, the average, the scaling of gradients.
 #pragma once
 
-#include "optimizer_codes_cpu.h"
-#include "optimizer_step.h"
+#include "optimizer_parameters_cpu.h"
 
 namespace pyfast::PYFAST_ISA {
 
@@ -19,18 +18,10 @@ struct States {
   S* s[kMaxOptimizerStates];
 };
 
-// Brings what is `bytes` behind a place into cache; there need be no memory. (Not inlined at once,
-// GCC takes it for a function without effect, and leaves it out.)
-PYFAST_ALWAYS_INLINE void prefetch_ahead(const void* place, int64_t bytes) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(place) +
-                                                   static_cast<uintptr_t>(bytes)),
-                     1);
-}
-
 // The update of n elements in place. A null state does not exist. Arrays are fetched `ahead` bytes
 // before their use, if that is not 0.
-template <OptimizerRule kRule, typename P, typename G, typename S, typename C>
-void update_run(P* p, const G* g, States<S> states, int64_t n,
+template <OptimizerRule kRule, typename C, typename Parameter, typename G, typename S>
+void update_run(const Parameter& p, const G* g, States<S> states, int64_t n,
                 const OptimizerNumbers<double>& numbers, int64_t ahead) {
   using V = Vec<C>;
   const OptimizerNumbers<V> rounded = rounded_numbers<V>(numbers);
@@ -39,11 +30,11 @@ void update_run(P* p, const G* g, States<S> states, int64_t n,
   S* const s2 = states.s[2];
   for_each_vec<V>(0, n, [&](int64_t j, int lanes) PYFAST_INLINE_LAMBDA {
     OptimizerValues<V> x;
-    x.p = load_lanes<V>(p + j, lanes);
+    x.p = p.template load<V>(j, lanes);
     x.g = load_lanes<V>(g + j, lanes);
     x.s0 = x.s1 = x.s2 = V::broadcast(0);
     if (ahead != 0) {
-      prefetch_ahead(p + j, ahead);
+      p.prefetch(j, ahead);
       prefetch_ahead(g + j, ahead);
       if (s0 != nullptr) prefetch_ahead(s0 + j, ahead);
       if (s1 != nullptr) prefetch_ahead(s1 + j, ahead);
@@ -53,15 +44,15 @@ void update_run(P* p, const G* g, States<S> states, int64_t n,
     if (s1 != nullptr) x.s1 = load_lanes<V>(s1 + j, lanes);
     if (s2 != nullptr) x.s2 = load_lanes<V>(s2 + j, lanes);
     optimizer_update<kRule>(x, rounded);
-    store_lanes(x.p, p + j, lanes, false);
+    p.store(x.p, j, lanes);
     if (s0 != nullptr) store_lanes(x.s0, s0 + j, lanes, false);
     if (s1 != nullptr) store_lanes(x.s1, s1 + j, lanes, false);
     if (s2 != nullptr) store_lanes(x.s2, s2 + j, lanes, false);
   });
 }
 
-template <typename P, typename C>
-void average_run(const P* p, C* ema, int64_t n, const OptimizerNumbers<double>& numbers,
+template <typename Parameter, typename C>
+void average_run(const Parameter& p, C* ema, int64_t n, const OptimizerNumbers<double>& numbers,
                  int64_t ahead) {
   using V = Vec<C>;
   const V weight = V::broadcast(static_cast<C>(numbers.ema_weight));
@@ -69,7 +60,7 @@ void average_run(const P* p, C* ema, int64_t n, const OptimizerNumbers<double>& 
   for_each_vec<V>(0, n, [&](int64_t j, int lanes) PYFAST_INLINE_LAMBDA {
     if (ahead != 0) prefetch_ahead(ema + j, ahead);
     const V average = load_lanes<V>(ema + j, lanes);
-    store_lanes(blend(average, load_lanes<V>(p + j, lanes), weight, from_end), ema + j, lanes,
+    store_lanes(blend(average, p.template load<V>(j, lanes), weight, from_end), ema + j, lanes,
                 false);
   });
 }
@@ -85,11 +76,5 @@ void scale_run(G* g, int64_t n, const OptimizerNumbers<double>& numbers) {
 
 template <typename Pointer>
 using Pointee = typename PointeeOf<Pointer>::type;
-
-template <typename T>
-T* at(const OptimizerTensor& t, int operand, int64_t begin) {
-  T* const base = static_cast<T*>(t.operands[operand]);
-  return base == nullptr ? nullptr : base + begin;
-}
 
 }  // namespace pyfast::PYFAST_ISA

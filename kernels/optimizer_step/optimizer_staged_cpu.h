@@ -63,13 +63,13 @@ class StagedItem {
     if (kRule != OptimizerRule::kNone) {
       States<C> states;
       for (int i = 0; i < kMaxOptimizerStates; ++i) states.s[i] = bring_state(i, begin, n);
-      update_run<kRule, C, C, C, C>(p, g, states, n, numbers_, 0);
+      update_run<kRule, C>(PlainParameter<C>(p), g, states, n, numbers_, 0);
       for (int i = 0; i < kMaxOptimizerStates; ++i) return_state(states.s[i], i, begin, n);
       return_parameter(p, begin, n);
     }
     if (t_.operands[kEma] != nullptr) {
       C* const ema = brought(t_, layout_, kEma, begin, n, buffers_[kEma]);
-      average_run(p, ema, n, numbers_, 0);
+      average_run(PlainParameter<C>(p), ema, n, numbers_, 0);
       returned(ema, buffers_[kEma], t_, layout_, kEma, begin, n);
     }
     if (t_.flags & kZeroGradient) {

@@ -11,95 +11,136 @@
 namespace pyfast::PYFAST_ISA {
 namespace {
 
-constexpr int64_t kChunk = 2048;  // elements between a direct update and what follows it
-
 // How far ahead an item is fetched: what is beyond its end is fetched in vain.
 inline int64_t ahead_of(const OptimizerStepParams& params, const OptimizerItem& item) {
   return item.count >= 16384 ? params.prefetch_bytes : 0;
 }
 
 // An item whose operands are dense and of these types.
-template <OptimizerRule kRule, typename P, typename G, typename S, typename C>
+template <OptimizerRule kRule, typename Parameter, typename G, typename S>
 void run_direct(const OptimizerStepParams& params, const OptimizerTensor& t,
                 const OptimizerItem& item) {
   const OptimizerNumbers<double>& numbers = params.numbers[t.numbers];
   const int64_t ahead = ahead_of(params, item);
   const int64_t end = item.begin + item.count;
-  for (int64_t begin = item.begin; begin < end; begin += kChunk) {
-    const int64_t n = end - begin < kChunk ? end - begin : kChunk;
-    P* const p = at<P>(t, kParameter, begin);
+  Parameter p(t, numbers);
+  for (int64_t begin = item.begin; begin < end; begin += Parameter::kChunk) {
+    const int64_t n = end - begin < Parameter::kChunk ? end - begin : Parameter::kChunk;
+    p.move_to(begin);
     G* const g = at<G>(t, kGradient, begin);
     if (kRule != OptimizerRule::kNone) {
       const States<S> states = {
           {at<S>(t, kState0, begin), at<S>(t, kState1, begin), at<S>(t, kState2, begin)}};
-      update_run<kRule, P, G, S, C>(p, g, states, n, numbers, ahead);
+      update_run<kRule, float>(p, g, states, n, numbers, ahead);
     }
-    if (t.operands[kEma] != nullptr) average_run(p, at<C>(t, kEma, begin), n, numbers, ahead);
+    if (t.operands[kEma] != nullptr) average_run(p, at<float>(t, kEma, begin), n, numbers, ahead);
     if (t.flags & kZeroGradient) {
       memset(static_cast<void*>(g), 0, static_cast<size_t>(n) * sizeof(G));
     } else if (params.write_gradient) {
-      scale_run<G, C>(g, n, numbers);
+      scale_run<G, float>(g, n, numbers);
     }
   }
 }
 
-// Whether everything is dense, and the states are of one type.
-bool is_direct(const OptimizerTensor& t) {
-  bool same = true;
-  for (int state = kState1; state <= kState2; ++state) {
-    same = same && (t.operands[state] == nullptr || t.dtypes[state] == t.dtypes[kState0]);
+// The same for bfloat16 parameters, which may have a remainder or be rounded stochastically.
+template <OptimizerRule kRule, typename S>
+void run_bfloat16(const OptimizerStepParams& params, const OptimizerTensor& t,
+                  const OptimizerItem& item) {
+  if constexpr (kRule != OptimizerRule::kNone) {
+    if (t.operands[kMaster] != nullptr) {
+      return run_direct<kRule, SplitParameter, BFloat16, S>(params, t, item);
+    }
+    if (t.flags & kStochasticRounding) {
+      return run_direct<kRule, StochasticParameter, BFloat16, S>(params, t, item);
+    }
   }
-  return same && t.layout < 0 && !t.int8_states && t.operands[kMaster] == nullptr &&
-         !(t.flags & kStochasticRounding);
+  run_direct<kRule, PlainParameter<BFloat16>, BFloat16, S>(params, t, item);
 }
 
-// States are there from the first on.
+// The dense tensors that have a loop of their own; false for others.
 template <OptimizerRule kRule>
+bool run_dense(const OptimizerStepParams& params, const OptimizerTensor& t,
+               const OptimizerItem& item) {
+  const DType p = t.dtypes[kParameter], s = t.dtypes[kState0];
+  bool fits = t.layout < 0 && !t.int8_states && t.dtypes[kGradient] == p;
+  for (int state = kState1; state <= kState2; ++state) {
+    fits = fits && (t.operands[state] == nullptr || t.dtypes[state] == s);
+  }
+  if (!fits) return false;
+  const bool same = s == p || t.operands[kState0] == nullptr;
+  if (p == DType::kBFloat16 && (same || s == DType::kFloat32)) {
+    if (same) {
+      run_bfloat16<kRule, BFloat16>(params, t, item);
+    } else {
+      run_bfloat16<kRule, float>(params, t, item);
+    }
+  } else if (p == DType::kFloat32 && same) {
+    run_direct<kRule, PlainParameter<float>, float, float>(params, t, item);
+  } else if (p == DType::kFloat32 && s == DType::kBFloat16) {
+    run_direct<kRule, PlainParameter<float>, float, BFloat16>(params, t, item);
+  } else if (p == DType::kFloat16 && same && t.operands[kMaster] == nullptr) {
+    run_direct<kRule, PlainParameter<Float16>, Float16, Float16>(params, t, item);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+template <OptimizerRule kRule, typename Parameter, typename P>
 void run_coded(const OptimizerStepParams& params, const OptimizerTensor& t, int64_t begin,
                int64_t num_blocks, int64_t ahead) {
-  if (t.operands[kState2] != nullptr) {
-    CodedBlocks<kRule, 7>(params, t, ahead).run(begin, num_blocks);
-  } else if (t.operands[kState1] != nullptr) {
-    CodedBlocks<kRule, 3>(params, t, ahead).run(begin, num_blocks);
-  } else {
-    CodedBlocks<kRule, 1>(params, t, ahead).run(begin, num_blocks);
+  constexpr bool kHasOne = kRule == OptimizerRule::kSgd || kRule == OptimizerRule::kRmsprop;
+  constexpr bool kHasTwo = kRule != OptimizerRule::kSgd;
+  constexpr bool kHasThree = kRule == OptimizerRule::kAdam;
+  if constexpr (kHasThree) {
+    if (t.operands[kState2] != nullptr) {
+      return CodedBlocks<kRule, 7, Parameter, P>(params, t, ahead).run(begin, num_blocks);
+    }
   }
+  if constexpr (kHasTwo) {
+    if (!kHasOne || t.operands[kState1] != nullptr) {
+      return CodedBlocks<kRule, 3, Parameter, P>(params, t, ahead).run(begin, num_blocks);
+    }
+  }
+  if constexpr (kHasOne) {
+    CodedBlocks<kRule, 1, Parameter, P>(params, t, ahead).run(begin, num_blocks);
+  }
+}
+
+// Whole blocks of int8 states that have a loop of their own; returns how many elements that were.
+template <OptimizerRule kRule>
+int32_t run_blocks(const OptimizerStepParams& params, const OptimizerTensor& t,
+                   const OptimizerItem& item) {
+  const DType p = t.dtypes[kParameter];
+  const int64_t num_blocks = item.count / kOptimizerBlock, ahead = ahead_of(params, item);
+  if (!t.int8_states || t.layout >= 0 || t.dtypes[kGradient] != p || num_blocks == 0) return 0;
+  int64_t done = 0;
+  if constexpr (kRule != OptimizerRule::kNone) {
+    if (p == DType::kFloat32) {
+      run_coded<kRule, PlainParameter<float>, float>(params, t, item.begin, num_blocks, ahead);
+      done = num_blocks * kOptimizerBlock;
+    }
+  }
+  if constexpr (kRule == OptimizerRule::kAdam) {
+    if (p == DType::kBFloat16 && t.operands[kMaster] != nullptr) {
+      run_coded<kRule, SplitParameter, BFloat16>(params, t, item.begin, num_blocks, ahead);
+      done = num_blocks * kOptimizerBlock;
+    } else if (p == DType::kBFloat16 && !(t.flags & kStochasticRounding)) {
+      run_coded<kRule, PlainParameter<BFloat16>, BFloat16>(params, t, item.begin, num_blocks,
+                                                           ahead);
+      done = num_blocks * kOptimizerBlock;
+    }
+  }
+  return static_cast<int32_t>(done);
 }
 
 template <OptimizerRule kRule>
 void run_item(const OptimizerStepParams& params, const OptimizerItem& item) {
   const OptimizerTensor& t = params.tensors[item.tensor];
-  const DType p = t.dtypes[kParameter], g = t.dtypes[kGradient], s = t.dtypes[kState0];
-  if (p == DType::kFloat64) return run_staged<kRule, double>(params, t, item);
-  if (is_direct(t) && p == g) {
-    const bool same = s == p || t.operands[kState0] == nullptr;
-    if (p == DType::kFloat32 && same) {
-      return run_direct<kRule, float, float, float, float>(params, t, item);
-    }
-    if (p == DType::kFloat32 && s == DType::kBFloat16) {
-      return run_direct<kRule, float, float, BFloat16, float>(params, t, item);
-    }
-    if (p == DType::kBFloat16 && same) {
-      return run_direct<kRule, BFloat16, BFloat16, BFloat16, float>(params, t, item);
-    }
-    if (p == DType::kBFloat16 && s == DType::kFloat32) {
-      return run_direct<kRule, BFloat16, BFloat16, float, float>(params, t, item);
-    }
-    if (p == DType::kFloat16 && same) {
-      return run_direct<kRule, Float16, Float16, Float16, float>(params, t, item);
-    }
-  }
-  const int64_t num_blocks = item.count / kOptimizerBlock;
-  const bool has_gap = t.operands[kState1] == nullptr && t.operands[kState2] != nullptr;
-  if (t.int8_states && t.layout < 0 && p == DType::kFloat32 && g == p && num_blocks > 0 &&
-      !has_gap) {
-    run_coded<kRule>(params, t, item.begin, num_blocks, ahead_of(params, item));
-    const int64_t done = num_blocks * kOptimizerBlock;
-    const OptimizerItem rest = {item.tensor, static_cast<int32_t>(item.count - done),
-                                item.begin + done};
-    return run_staged<kRule, float>(params, t, rest);
-  }
-  run_staged<kRule, float>(params, t, item);
+  if (t.dtypes[kParameter] == DType::kFloat64) return run_staged<kRule, double>(params, t, item);
+  if (run_dense<kRule>(params, t, item)) return;
+  const int32_t done = run_blocks<kRule>(params, t, item);
+  run_staged<kRule, float>(params, t, {item.tensor, item.count - done, item.begin + done});
 }
 
 template <OptimizerRule kRule>

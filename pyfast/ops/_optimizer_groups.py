@@ -77,6 +77,7 @@ def items_of(
     items: list[Item] = []
     counted: list[tuple[Item, Tensor]] = []
     missing = Missing()
+    written: set[int] = set()
     for group in groups:
         positions: list[int] = []
         missing.positions.append(positions)
@@ -118,6 +119,12 @@ def items_of(
                 )
             if writes or item.flags & Flag.ZERO_GRADIENT:
                 _require_apart(grad)
+                if grad.data_ptr() in written and grad.numel():
+                    raise RuntimeError(
+                        "optimizer step: a gradient that is written (unscaled or zeroed) must "
+                        "belong to one parameter, got the same one for two"
+                    )
+                written.add(grad.data_ptr())
             _check_item(item, names, found)
             items.append(item)
             if step is not None:

@@ -30,7 +30,7 @@ def is_capturing(like: Tensor) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-# The step, which cannot fail but by the device; or what it lacks; or None: no kernel takes it.
+# The step, of what has been checked; or what it lacks; or None: no kernel takes it.
 Prepared = Callable[[], None] | Missing | None
 
 
@@ -74,6 +74,9 @@ class Workspace:
         self._memory: Tensor | None = None
         self._stream: Any = None
         self._captured: list[Tensor] = []
+
+    def __reduce__(self) -> Any:
+        return Workspace, ()  # copies begin anew
 
     def get(self, size: int, like: Tensor) -> tuple[Any, Tensor]:
         """The native table, and its memory on the device of ``like``. A step that is captured into
@@ -140,8 +143,8 @@ def _prepare_cpu(
         return plan
 
     def run() -> None:
+        plan.bump_versions()  # first: it may refuse, as torch does for inference tensors
         plan.run(get_num_threads())
-        plan.bump_versions()
 
     return run
 
@@ -160,9 +163,9 @@ def _prepare_cuda(
         )
 
     def run() -> None:
+        plan.bump_versions()
         table, memory = workspace.get(plan.table_size(), like)
         plan.run_cuda(table, memory, scaling.unscale, scaling.clip, scaling.found_inf)
-        plan.bump_versions()
 
     return run
 
@@ -207,14 +210,14 @@ def _prepare_triton(
 
     def run() -> None:
         is_skipped = scaling.skips()
-        with torch.cuda.device_of(items[0].gradient):
-            optimizer_step_triton(rule, items, scaling.unscale, scaling.clip, scaling.found_inf)
-        if not is_skipped:
-            _count(steps)
         writes = scaling.unscale is not None
         changed = [item.parameter for item in items if item.parameter is not None]
         changed += [item.gradient for item in items if writes or item.flags & Flag.ZERO_GRADIENT]
         torch._C._increment_version(changed)
+        with torch.cuda.device_of(items[0].gradient):
+            optimizer_step_triton(rule, items, scaling.unscale, scaling.clip, scaling.found_inf)
+        if not is_skipped:
+            _count(steps)
 
     return run
 
@@ -291,12 +294,12 @@ def scale(grads: list[Tensor], factor: Tensor) -> None:
         number = float(factor) if backend == "cpu" else 1.0
         plan = native.OptimizerPlan(int(Rule.NONE), number, 1.0, True, None)
         if plan.add_gradients(grads, PLAIN_TYPES):
+            plan.bump_versions()
             if backend == "cpu":
                 plan.run(get_num_threads())
             else:
                 table, memory = Workspace().get(plan.table_size(), like)
                 plan.run_cuda(table, memory, (1 / factor).float(), None, None)
-            plan.bump_versions()
             return
     for grad in grads:
         grad.mul_(factor)

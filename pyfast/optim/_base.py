@@ -180,8 +180,9 @@ class FusedOptimizer(Optimizer):
         groups = [self._group(group, first) for group, first in self._with_first_index()]
         parts = self._parts(groups) if self._has_other_parameters() else None
         max_norm = self.param_groups[0].get("max_grad_norm")
-        if max_norm is not None:
-            scaling.clip = self._clip_scale(max_norm, scaling.unscale)
+        norm = None if max_norm is None else self._total_norm(scaling.unscale)
+        if norm is not None:
+            scaling.clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         created: list[tuple[Tensor, str]] = []
         try:
             self._step_all(groups, parts, scaling, created)
@@ -191,6 +192,8 @@ class FusedOptimizer(Optimizer):
                 if not self.state[p]:
                     del self.state[p]
             raise
+        if norm is not None:
+            self._grad_norm = norm.float()
 
     def _step_all(
         self,
@@ -200,7 +203,8 @@ class FusedOptimizer(Optimizer):
         created: list[tuple[Tensor, str]],
     ) -> None:
         """Step the parts, or all groups together where there are none; notes the states that it
-        creates. Every part is checked before the first is stepped."""
+        creates. What the kernels take is checked before anything is stepped; torch's own code comes
+        next, and checks as it goes."""
         if parts is None:
             like = next((p for group in groups for p in group.params), None)
             if like is None:
@@ -217,7 +221,7 @@ class FusedOptimizer(Optimizer):
             if run is None:
                 raise RuntimeError(f"{type(self).__name__}: no kernel takes {part[0].params}")
             runs.append(run)
-        if torch_groups:  # first: it may refuse
+        if torch_groups:
             self._torch_step(torch_groups)
         for run in runs:
             run()
@@ -277,8 +281,9 @@ class FusedOptimizer(Optimizer):
             scales = tuple(None if name is None else f"{name}_scale" for name in states)
         counts = self._counts_steps(group) or self._is_random(group)
         master = group.get("master_weights", False)
+        params = group["params"]
         return Group(
-            group["params"],
+            params if isinstance(params, list) else list(params),
             self.state,
             (
                 "step" if counts else None,
@@ -344,15 +349,12 @@ class FusedOptimizer(Optimizer):
                         group.states[position][name] = local(tensor)
         return fresh
 
-    def _clip_scale(self, max_norm: float, unscale: Tensor | None) -> Tensor:
+    def _total_norm(self, unscale: Tensor | None) -> Tensor:
         grads = [
             p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
         ]
         norm = total_norm(grads)
-        if unscale is not None:
-            norm = norm / unscale.double().to(norm.device)
-        self._grad_norm = norm.float()
-        return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return norm if unscale is None else norm / unscale.double().to(norm.device)
 
     def _counts_on_device(self) -> bool:
         """Whether step counts are on a GPU, where the kernel can leave them as they are."""

@@ -64,7 +64,7 @@ def clip_grad_norm_(
             )
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         if norm.is_cuda or float(factor) != 1:
-            scale(grads, factor)
+            scale(list({id(grad): grad for grad in grads}.values()), factor)
     dtype = grads[0].dtype
     for grad in grads[1:]:
         dtype = torch.promote_types(dtype, grad.dtype)

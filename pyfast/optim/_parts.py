@@ -35,6 +35,8 @@ def kind_of(p: Tensor, group: dict[str, Any], rule: Rule) -> Any:
     if grad.is_neg():
         # Memory holds the values with the other sign, as that of z.conj().imag does.
         grad = p.grad = grad.resolve_neg()
+    if grad._is_zerotensor():  # has no memory
+        grad = p.grad = grad.clone()
     if grad.is_sparse and rule != Rule.SGD:
         raise RuntimeError(_SPARSE[rule])
     if group.get("differentiable") or not (is_plain(p) and is_plain(grad)):
