@@ -122,35 +122,10 @@ inline float encode_block(const float* from, int64_t begin, bool is_signed, uint
   return scale;
 }
 
-// The 16 random bits of elements begin to begin + 256, of which `begin` is a multiple: Philox for
-// 32 counters at a time, in 64-bit lanes, which compilers multiply as 32 x 32 bits.
+// The 16 random bits of elements begin to begin + 256, of which `begin` is a multiple.
 inline void element_bits(uint64_t key, int64_t begin, uint16_t (&bits)[kOptimizerBlock]) {
-  constexpr int kGroups = kOptimizerBlock / 8;
-  uint64_t c0[kGroups], c1[kGroups], c2[kGroups], c3[kGroups];
-  for (int i = 0; i < kGroups; ++i) {
-    const uint64_t group = static_cast<uint64_t>(begin) / 8 + static_cast<uint64_t>(i);
-    c0[i] = group & 0xFFFFFFFFu;
-    c1[i] = group >> 32;
-    c2[i] = 0;
-    c3[i] = kStochasticRoundingStream;
-  }
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    for (int i = 0; i < kGroups; ++i) {
-      const uint64_t product0 = c0[i] * kPhiloxMultiplier0;
-      const uint64_t product1 = c2[i] * kPhiloxMultiplier1;
-      c0[i] = (product1 >> 32) ^ c1[i] ^ k0;
-      c2[i] = (product0 >> 32) ^ c3[i] ^ k1;
-      c1[i] = product1 & 0xFFFFFFFFu;
-      c3[i] = product0 & 0xFFFFFFFFu;
-    }
-    k0 += kPhiloxWeyl0;
-    k1 += kPhiloxWeyl1;
-  }
-  for (int i = 0; i < kGroups; ++i) {
-    const uint64_t words[2] = {c0[i] | c1[i] << 32, c2[i] | c3[i] << 32};
-    memcpy(bits + 8 * i, words, 16);
-  }
+  static_assert(kOptimizerBlock == 64 * kKeepBlocks, "one call of Philox");
+  random_words256(key, kStochasticRoundingStream, static_cast<uint64_t>(begin) / 64, bits);
 }
 
 // Calls f(j, offset) for n elements from row-major index `begin` on.

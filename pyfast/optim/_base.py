@@ -21,7 +21,7 @@ from ..ops.optimizer_step import KERNELS, Hyper, Rule, Scaling, Workspace, prepa
 from . import _extras
 from ._distributed import local, total_norm
 from ._ema import swapped
-from ._parts import has_duplicates, kind_of, part_of
+from ._parts import has_duplicates, parts_of
 
 
 class FusedOptimizer(Optimizer):
@@ -364,23 +364,7 @@ class FusedOptimizer(Optimizer):
         )
 
     def _parts(self, groups: list[Group]) -> dict[Any, list[Any]]:
-        """Parameters of every kind, those of one kind and device together; under "torch" groups
-        for torch's own code."""
-        parts: dict[Any, list[Any]] = {}
-        for group, source in zip(groups, self.param_groups, strict=True):
-            by_kind: dict[Any, list[int]] = {}
-            for i, p in enumerate(group.params):
-                if p.grad is not None:
-                    by_kind.setdefault(kind_of(p, source, self._rule), []).append(i)
-            if has_duplicates(group.params):
-                by_kind = {"torch": list(range(len(group.params)))}
-            for kind, positions in by_kind.items():
-                part: Any = part_of(group, positions)
-                if kind == "torch":
-                    _extras.refuse(type(self).__name__, source)
-                    part = {**source, "params": [group.params[i] for i in positions]}
-                parts.setdefault(kind, []).append(part)
-        return parts
+        return parts_of(groups, self.param_groups, self._rule, type(self).__name__)
 
     def _torch_step(self, groups: list[dict[str, Any]]) -> None:
         """torch's own step of some groups, without its hooks."""

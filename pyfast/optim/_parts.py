@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..ops._optimizer_groups import Group, is_plain
 from ..ops.optimizer_step import Rule
+from . import _extras
 from ._distributed import is_dtensor, local
 
 _SPARSE = {
@@ -22,7 +23,7 @@ def has_duplicates(params: list[Tensor]) -> bool:
     return len({id(p) for p in params}) != len(params)
 
 
-def kind_of(p: Tensor, group: dict[str, Any], rule: Rule) -> Any:
+def _kind_of(p: Tensor, group: dict[str, Any], rule: Rule) -> Any:
     """What can be stepped together has one kind; "torch" is for torch's own code."""
     grad = p.grad
     assert grad is not None
@@ -44,7 +45,7 @@ def kind_of(p: Tensor, group: dict[str, Any], rule: Rule) -> Any:
     return p.device
 
 
-def part_of(group: Group, positions: list[int]) -> Group:
+def _part_of(group: Group, positions: list[int]) -> Group:
     """Some parameters of a group; of DTensors their local shards."""
     owners = [group.params[i] for i in positions]
     assert not isinstance(group.states, list)
@@ -60,3 +61,25 @@ def part_of(group: Group, positions: list[int]) -> Group:
         indices=[group.first_index + i for i in positions],
         owners=owners,
     )
+
+
+def parts_of(
+    groups: list[Group], sources: list[dict[str, Any]], rule: Rule, optimizer: str
+) -> dict[Any, list[Any]]:
+    """Parameters of every kind, those of one kind and device together; under "torch" param_groups
+    for torch's own code. ``sources`` are the param_groups of the groups."""
+    parts: dict[Any, list[Any]] = {}
+    for group, source in zip(groups, sources, strict=True):
+        by_kind: dict[Any, list[int]] = {}
+        for i, p in enumerate(group.params):
+            if p.grad is not None:
+                by_kind.setdefault(_kind_of(p, source, rule), []).append(i)
+        if has_duplicates(group.params):
+            by_kind = {"torch": list(range(len(group.params)))}
+        for kind, positions in by_kind.items():
+            part: Any = _part_of(group, positions)
+            if kind == "torch":
+                _extras.refuse(optimizer, source)
+                part = {**source, "params": [group.params[i] for i in positions]}
+            parts.setdefault(kind, []).append(part)
+    return parts
