@@ -227,6 +227,9 @@ CASES = [
     _case("AdamW", QUICK, _FLOAT, "AdamW", 28),
     _case("AdamW", LARGE, _FLOAT, "AdamW", 28, rows={**FUSED, "torch default": {}}),
     _case("AdamW", LARGE, _BFLOAT, "AdamW", 14),
+    # torch's row does not have what pyfast's has.
+    _case("AdamW, master weights", LARGE, _BFLOAT, "AdamW", 18, extras={"master_weights": True}),
+    _case("AdamW, stochastic", LARGE, _BFLOAT, "AdamW", 14, extras={"stochastic_rounding": True}),
     _case("AdamW, bfloat16 states", LARGE, _FLOAT, "AdamW", 20, extras=_BFLOAT16_STATES),
     _case("AdamW", (1000, 256, 256), _FLOAT, "AdamW", 28),
     _case(
