@@ -40,7 +40,9 @@ class PlainParameter {
   void store(const V& x, int64_t j, int lanes) const {
     store_lanes(x, p_ + j, lanes, false);
   }
-  void prefetch(int64_t j, int64_t ahead) const { prefetch_ahead(p_ + j, ahead); }
+  PYFAST_ALWAYS_INLINE void prefetch(int64_t j, int64_t ahead) const {
+    prefetch_ahead(p_ + j, ahead);
+  }
 
  private:
   P* base_ = nullptr;
@@ -169,7 +171,7 @@ class SplitParameter {
     x.store(values);
     for (int i = 0; i < lanes; ++i) upper_[j + i] = split_master(values[i], &remainder_[j + i]);
   }
-  void prefetch(int64_t j, int64_t ahead) const {
+  PYFAST_ALWAYS_INLINE void prefetch(int64_t j, int64_t ahead) const {
     prefetch_ahead(upper_ + j, ahead);
     prefetch_ahead(remainder_ + j, ahead);
   }
@@ -202,7 +204,9 @@ class StochasticParameter {
     x.store(values);
     for (int i = 0; i < lanes; ++i) p_[j + i] = stochastic_bfloat16(values[i], bits_[j + i]);
   }
-  void prefetch(int64_t j, int64_t ahead) const { prefetch_ahead(p_ + j, ahead); }
+  PYFAST_ALWAYS_INLINE void prefetch(int64_t j, int64_t ahead) const {
+    prefetch_ahead(p_ + j, ahead);
+  }
 
  private:
   const OptimizerTensor& t_;
