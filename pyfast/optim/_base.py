@@ -180,8 +180,9 @@ class FusedOptimizer(Optimizer):
         groups = [self._group(group, first) for group, first in self._with_first_index()]
         parts = self._parts(groups) if self._has_other_parameters() else None
         max_norm = self.param_groups[0].get("max_grad_norm")
-        norm = None if max_norm is None else self._total_norm(scaling.unscale)
-        if norm is not None:
+        norm: Tensor | None = None
+        if max_norm is not None:
+            norm = self._total_norm(scaling.unscale)
             scaling.clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         created: list[tuple[Tensor, str]] = []
         try:
