@@ -11,5 +11,7 @@ void bind_bias_dropout_add(pybind11::module_& m);
 void bind_dropout_add_norm(pybind11::module_& m);
 void bind_attention(pybind11::module_& m);
 void bind_optimizer_step(pybind11::module_& m);
+void bind_quantize_int8(pybind11::module_& m);
+void bind_int8_linear(pybind11::module_& m);
 
 }  // namespace pyfast

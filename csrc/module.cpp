@@ -44,4 +44,6 @@ PYBIND11_MODULE(_C, m) {
   pyfast::bind_dropout_add_norm(m);
   pyfast::bind_attention(m);
   pyfast::bind_optimizer_step(m);
+  pyfast::bind_quantize_int8(m);
+  pyfast::bind_int8_linear(m);
 }

@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-TRITON_DTYPES = KERNEL_DTYPES - {torch.float64}
+# What kernels read: int8 comes to the quantized ops alone, every other op refuses it before.
+_READ_DTYPES = KERNEL_DTYPES | {torch.int8}
 
 
 def _load_native() -> tuple[types.ModuleType | None, str]:
@@ -152,7 +153,7 @@ def _why_not(backend: str, kernels: object, tensor: torch.Tensor) -> str:
     reason = _why_unusable(backend)
     if reason or backend == "reference":
         return reason
-    dtypes = TRITON_DTYPES if backend == "triton" else KERNEL_DTYPES
+    dtypes = _READ_DTYPES - {torch.float64} if backend == "triton" else _READ_DTYPES
     if tensor.dtype not in dtypes:
         return f"it does not compute in {str(tensor.dtype).removeprefix('torch.')}"
     wanted = "cpu" if backend == "cpu" else "cuda"
@@ -171,7 +172,7 @@ def choose(op: str, kernels: object, tensor: torch.Tensor) -> str:
         if reason:
             raise RuntimeError(f"{op}: the backend {name!r} was asked for, but {reason}")
         return name
-    if tensor.is_cpu and native is not None and tensor.dtype in KERNEL_DTYPES:
+    if tensor.is_cpu and native is not None and tensor.dtype in _READ_DTYPES:
         return "cpu"
     if tensor.is_cuda:
         for backend in ("cuda", "triton"):

@@ -24,7 +24,8 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
 
-CPU_LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
+CPU_LEVELS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
+INTEGER_LEVELS = {"avx512_vnni", "amx"}  # of int8 products alone; elsewhere the one below, again
 
 
 class Backend(NamedTuple):
@@ -99,10 +100,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" not in metafunc.fixturenames:
         return
     marker = metafunc.definition.get_closest_marker("backends")
+    has_integer_levels = "int8" in metafunc.module.__name__
     chosen = [
         backend
         for backend in _backends(metafunc.config.getoption("--emulate-cuda"))
-        if marker is None or backend.name in marker.args
+        if (marker is None or backend.name in marker.args)
+        and (has_integer_levels or backend.level not in INTEGER_LEVELS)
     ]
     metafunc.parametrize("backend", chosen, ids=[b.id for b in chosen], indirect=True)
 

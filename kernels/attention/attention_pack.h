@@ -2,7 +2,7 @@
 // transpose, and pairs of rows side by side. Tails are zero.
 #pragma once
 
-#include "attention_product.h"
+#include "attention_lanes.h"
 
 namespace pyfast::PYFAST_ISA {
 

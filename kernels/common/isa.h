@@ -7,12 +7,13 @@
 
 namespace pyfast {
 
-enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum class Isa : int { kGeneric, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx };
 
-constexpr const char* kIsaNames[] = {"generic", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kIsaNames[] = {"generic",     "avx2",        "avx512",
+                                     "avx512_vnni", "avx512_bf16", "amx"};
 
 #ifdef PYFAST_X86_LEVELS
-constexpr int kNumIsaLevels = 4;
+constexpr int kNumIsaLevels = 6;
 #else
 constexpr int kNumIsaLevels = 1;
 #endif
@@ -33,26 +34,35 @@ const char* set_selected_isa(const char* name);
 
 }  // namespace pyfast
 
-#ifdef PYFAST_X86_LEVELS
-#define PYFAST_CPU_KERNEL(name, Params)                                \
-  namespace generic {                                                  \
-  void name(const Params& params, int num_threads);                    \
-  }                                                                    \
-  namespace avx2 {                                                     \
-  void name(const Params& params, int num_threads);                    \
-  }                                                                    \
-  namespace avx512 {                                                   \
-  void name(const Params& params, int num_threads);                    \
-  }                                                                    \
-  namespace avx512_bf16 {                                              \
-  void name(const Params& params, int num_threads);                    \
-  }                                                                    \
-  constexpr void (*name##_table[])(const Params&, int num_threads) = { \
-      generic::name, avx2::name, avx512::name, avx512_bf16::name}
-#else
-#define PYFAST_CPU_KERNEL(name, Params)             \
-  namespace generic {                               \
+// VNNI and AMX are of use to products of integers alone: other kernels have four copies, which stand
+// in the table in place of the two that would be equal.
+#define PYFAST_DECLARE_KERNEL(level, name, Params)  \
+  namespace level {                                 \
   void name(const Params& params, int num_threads); \
-  }                                                 \
-  constexpr void (*name##_table[])(const Params&, int num_threads) = {generic::name}
+  }
+#define PYFAST_KERNEL_TABLE(name, Params) \
+  constexpr void (*name##_table[])(const Params&, int num_threads)
+
+#ifdef PYFAST_X86_LEVELS
+#define PYFAST_CPU_KERNEL(name, Params)                                                  \
+  PYFAST_DECLARE_KERNEL(generic, name, Params)                                           \
+  PYFAST_DECLARE_KERNEL(avx2, name, Params)                                              \
+  PYFAST_DECLARE_KERNEL(avx512, name, Params)                                            \
+  PYFAST_DECLARE_KERNEL(avx512_bf16, name, Params)                                       \
+  PYFAST_KERNEL_TABLE(name, Params) = {generic::name, avx2::name,        avx512::name, \
+                                       avx512::name,  avx512_bf16::name, avx512_bf16::name}
+#define PYFAST_CPU_INTEGER_KERNEL(name, Params)                                              \
+  PYFAST_DECLARE_KERNEL(generic, name, Params)                                               \
+  PYFAST_DECLARE_KERNEL(avx2, name, Params)                                                  \
+  PYFAST_DECLARE_KERNEL(avx512, name, Params)                                                \
+  PYFAST_DECLARE_KERNEL(avx512_vnni, name, Params)                                           \
+  PYFAST_DECLARE_KERNEL(avx512_bf16, name, Params)                                           \
+  PYFAST_DECLARE_KERNEL(amx, name, Params)                                                   \
+  PYFAST_KERNEL_TABLE(name, Params) = {generic::name,     avx2::name,        avx512::name, \
+                                       avx512_vnni::name, avx512_bf16::name, amx::name}
+#else
+#define PYFAST_CPU_KERNEL(name, Params)        \
+  PYFAST_DECLARE_KERNEL(generic, name, Params) \
+  PYFAST_KERNEL_TABLE(name, Params) = {generic::name}
+#define PYFAST_CPU_INTEGER_KERNEL(name, Params) PYFAST_CPU_KERNEL(name, Params)
 #endif

@@ -13,7 +13,9 @@ from ..ops.channel_dropout import dropout1d, dropout2d, dropout3d, feature_alpha
 from ..ops.dropconnect import dropconnect_linear
 from ..ops.dropout import alpha_dropout, dropout
 from ..ops.dropout_add_norm import dropout_add_norm
+from ..ops.int8_linear import int8_linear, int8_mm
 from ..ops.multi_head_attention import multi_head_attention_forward
+from ..ops.quantize_int8 import dequantize_int8, fake_quantize, quantize_int8
 from ..ops.scaled_dot_product_attention import scaled_dot_product_attention
 from ..ops.varlen_attention import varlen_attention
 
@@ -21,14 +23,19 @@ __all__ = [
     "alpha_dropout",
     "attention_with_kv_cache",
     "bias_dropout_add",
+    "dequantize_int8",
     "dropconnect_linear",
     "dropout",
     "dropout1d",
     "dropout2d",
     "dropout3d",
     "dropout_add_norm",
+    "fake_quantize",
     "feature_alpha_dropout",
+    "int8_linear",
+    "int8_mm",
     "multi_head_attention_forward",
+    "quantize_int8",
     "scaled_dot_product_attention",
     "varlen_attention",
 ]

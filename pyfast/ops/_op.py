@@ -156,7 +156,7 @@ class Op:
         torch.library.register_vmap(qualified, loop_vmap(self), lib=_library)
         self.dispatched: Callable[..., Any] = getattr(torch.ops.pyfast, self.name).default
         names = [argument.name for argument in self.dispatched._schema.arguments]
-        self._seed_position = names.index("seed")
+        self._seed_position = names.index("seed") if "seed" in names else None
         if backward is not None and setup_context is not None:
             torch.library.register_autograd(
                 qualified, backward, setup_context=setup_context, lib=_library
@@ -265,6 +265,8 @@ class Op:
         return reference(tensor, *arguments)
 
     def _with_seed_tensor(self, tensor: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self._seed_position is None:
+            return arguments
         i = self._seed_position - 1
         if isinstance(arguments[i], Tensor):
             return arguments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,8 @@ class Layer(NamedTuple):
         dropout_p: 0 outside of training.
         separate: the projections of query, key and value where they are not one ``in_proj_weight``.
         batch_first: of query, key, value and the result.
+        in_proj, out_proj: what projects instead of a product with the weights, in a dtype of its
+            own: query, key and value, and the result.
     """
 
     embed_dim: int
@@ -47,6 +50,8 @@ class Layer(NamedTuple):
     batch_first: bool
     static_k: Tensor | None = None
     static_v: Tensor | None = None
+    in_proj: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]] | None = None
+    out_proj: Callable[[Tensor], Tensor] | None = None
 
 
 def _sizes(x: Tensor, batch_first: bool) -> tuple[int, int]:
@@ -83,7 +88,11 @@ def is_regular(
         or (layer.bias_k is None) != (layer.bias_v is None)
         or not 0.0 <= layer.dropout_p <= 1.0
         or (is_causal and attn_mask is None)
-        or (query.dtype != layer.out_proj_weight.dtype and not _is_autocast_enabled())
+        or (
+            layer.out_proj is None
+            and query.dtype != layer.out_proj_weight.dtype
+            and not _is_autocast_enabled()
+        )
     ):
         return False
     if layer.separate is not None:
@@ -225,7 +234,10 @@ def attend(
         attn_mask = None
     else:
         attn_mask = canonical_mask(attn_mask, "attn_mask", key_padding_mask, "", query)
-    q, k, v = _project(layer, query, key, value)
+    if layer.in_proj is None:
+        q, k, v = _project(layer, query, key, value)
+    else:
+        q, k, v = layer.in_proj(query, key, value)
     if layer.bias_k is not None and layer.bias_v is not None:
         k = _with_bias(k, layer.bias_k, layer.batch_first)
         v = _with_bias(v, layer.bias_v, layer.batch_first)
@@ -249,7 +261,9 @@ def attend(
         out = out.transpose(1, 2).flatten(2)
     else:
         out = out.permute(2, 0, 1, 3).flatten(2)
-    return F.linear(out, layer.out_proj_weight, layer.out_proj_bias), weights
+    if layer.out_proj is None:
+        return F.linear(out, layer.out_proj_weight, layer.out_proj_bias), weights
+    return layer.out_proj(out), weights
 
 
 def _with_weights(

@@ -1,0 +1,1 @@
+"""Kernels and reference of ``int8_linear`` and ``int8_mm``."""

@@ -1,0 +1,1 @@
+"""Kernels and reference of ``quantize_int8``."""
