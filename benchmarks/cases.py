@@ -60,6 +60,7 @@ class BaseCase:
         name: tells the cases of an op apart, beside shape and dtype.
         bar: the most that pyfast should take, as a multiple of a copy that moves as many bytes.
         flops: the arithmetic of a call, from the shape; None where bytes alone count.
+        floors: how many times as fast as other rows pyfast should be at least, by row.
         optional: rows that are left out where they fail; others fail the run.
     """
 
@@ -69,6 +70,7 @@ class BaseCase:
     dtype: torch.dtype
     bar: float | None = field(default=None, kw_only=True)
     flops: Callable[[tuple[int, ...]], int] | None = field(default=None, kw_only=True)
+    floors: Mapping[str, float] = field(default_factory=dict, kw_only=True)
     optional: ClassVar[tuple[str, ...]] = ("torch.compile",)
 
     @property

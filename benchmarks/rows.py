@@ -18,6 +18,8 @@ class Row:
         copy_bandwidth_gbps: of a copy that moves as many bytes, in the same rounds.
         time_over_copy: median over the rounds of the time by that of the copy: "time over moving
             these bytes once", to be at most ``bar``; ``percent_of_copy`` is its inverse.
+        floors: how many times as fast as other rows pyfast should be at least, by row.
+        ratios: how many times as fast as these it is: medians over the rounds.
         peak_bytes: the most memory that the first call took beyond what the process had, outputs
             included; of torch and pyfast.
         speedup: median over the rounds of torch's time by this one's. ``is_clear``: the quartile
@@ -50,6 +52,8 @@ class Row:
     time_over_copy: float | None = None
     speedup: float | None = None
     is_clear: bool = False
+    floors: dict[str, float] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
 
     @property
     def where(self) -> tuple[str, str, str, str]:
@@ -72,6 +76,12 @@ class Row:
             self.speedup = _median_ratio(torch_s, seconds)
             torch_q1, _, torch_q3 = _quartiles([1e6 * time for time in torch_s])
             self.is_clear = q3 < torch_q1 or torch_q3 < q1
+
+    def add_ratios(self, seconds: list[float], others_s: dict[str, list[float]]) -> None:
+        """Fill ``ratios``: of the rows that have a floor and figures."""
+        self.ratios = {
+            name: _median_ratio(others_s[name], seconds) for name in self.floors if name in others_s
+        }
 
 
 def _quartiles(values: list[float]) -> list[float]:

@@ -6,7 +6,7 @@ drop-in for torch.nn. ``python -m pyfast info`` shows what is usable on this mac
 
 from __future__ import annotations
 
-from . import nn, optim
+from . import nn, optim, quantization
 from ._backend import BackendStatus, backends, use_backend
 from ._explain import Explanation, explain
 from ._patch import PatchReport, patch
@@ -26,5 +26,6 @@ __all__ = [
     "optim",
     "patch",
     "patch_optimizer",
+    "quantization",
     "use_backend",
 ]

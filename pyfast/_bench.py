@@ -183,7 +183,9 @@ def _measure_all(cases: list[BaseCase], arguments: argparse.Namespace) -> list[R
 def _new_row(case: BaseCase, device: torch.device, implementation: str) -> Row:
     where = (case.op, case.name, list(case.shape), case.dtype_name, device.type)
     num_flops = None if case.flops is None else case.flops(case.shape)
-    return Row(*where, implementation, case.num_bytes, case.bar, num_flops=num_flops)
+    row = Row(*where, implementation, case.num_bytes, case.bar, num_flops=num_flops)
+    row.floors = dict(case.floors) if implementation == "pyfast" else {}
+    return row
 
 
 def _run_case(
@@ -215,6 +217,9 @@ def _run_case(
     torch_s, _ = samples.get("torch", ([], 0))
     for name, (seconds, num_calls) in samples.items():
         rows[name].add_samples(seconds, num_calls, copy_s, torch_s)
+    if "pyfast" in samples:
+        others_s = {name: seconds for name, (seconds, _) in samples.items()}
+        rows["pyfast"].add_ratios(others_s["pyfast"], others_s)
     return list(rows.values())
 
 

@@ -30,6 +30,7 @@ def print_table(console: Console, rows: list[Row], environment: dict[str, Any]) 
         before = row.where
     print_whole(console, table)
     _print_arithmetic(console, rows)
+    _print_floors(console, rows)
     _print_means(console, rows)
     notes = [
         "copy: dst.copy_(src) that moves as many bytes, in the same rounds. x copy time: the time "
@@ -56,6 +57,19 @@ def _print_arithmetic(console: Console, rows: list[Row]) -> None:
         if row.gflops and (peak := peaks.get(row.where)):
             cells = f"{row.gflops:,.0f}", f"{row.gflops / peak:.0%}"
             table.add_row(*row.where, row.implementation, *cells)
+    if table.row_count:
+        print_whole(console, table)
+
+
+def _print_floors(console: Console, rows: list[Row]) -> None:
+    from rich.text import Text
+
+    table = new_table("times as fast", "at least")
+    for row in rows:
+        for name, ratio in row.ratios.items():
+            floor = row.floors[name]
+            cell = Text(f"{ratio:.2f}", "green" if ratio >= floor else "red")
+            table.add_row(*row.where, f"pyfast than {name}", cell, f"{floor:.2f}")
     if table.row_count:
         print_whole(console, table)
 

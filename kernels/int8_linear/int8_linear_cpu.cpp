@@ -275,7 +275,8 @@ void int8_linear_cpu(const Int8LinearParams& params, int num_threads) {
   }
   if (is_few) return multiply_few<FloatDot>(params, threads);
 #if defined(__AVX512BF16__)
-  if (params.x_dtype == DType::kBFloat16) return multiply_many<PairWeightUnit>(params, threads);
+  // (With `smooth`, x is float32 from there on.)
+  if (params.x_dtype == DType::kBFloat16 && params.smooth == nullptr) return multiply_many<PairWeightUnit>(params, threads);
 #endif
   multiply_many<FloatWeightUnit>(params, threads);
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..quantize_int8.quantize_int8_reference import quantize_int8_reference
 
@@ -63,7 +64,7 @@ def int8_linear_reference(
         plus bias: each operation rounded, in this order. Weight-only: the sum of ``x * weight`` in
         float32, in any order, times the weight's scale, plus bias.
     """
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if weight_only:
         value = rows.to(torch.float32)
         if smooth is not None:
@@ -75,11 +76,15 @@ def int8_linear_reference(
             quantized, scale = rows, input_scale.reshape(-1, 1)
         else:
             quantized, scale, _ = quantize_int8_reference(
-                rows, input_scale, smooth, max(1, rows.shape[1]), True
+                rows.detach(), input_scale, smooth, max(1, rows.shape[1]), True
             )
         if rows.shape[1] == 0:
             scale = rows.new_ones(rows.shape[0], 1, dtype=torch.float32)
         y = int8_mm_reference(quantized, weight.t()).to(torch.float32) * scale * weight_scale
+        if forward_ad._current_level >= 0 and x.is_floating_point():  # as if x was not rounded
+            through = rows.to(torch.float32) * (1.0 if smooth is None else smooth)
+            through = (through @ weight.to(torch.float32).t()) * weight_scale
+            y = y + (through - through.detach())
     if bias is not None:
         y = y + bias.to(torch.float32)
     return activate(y, activation).to(dtype).reshape(*x.shape[:-1], weight.shape[0])

@@ -14,7 +14,7 @@ from torch import Tensor
 def quantize_int8_reference(
     x: Tensor, scale: Tensor | None, smooth: Tensor | None, block_size: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize blocks of ``block_size`` elements of the rows of x, the last of a row may be shorter.
+    """Quantize blocks of ``block_size`` elements of the rows of x; the last of a row may be short.
 
     Args:
         x: (..., n).
@@ -41,7 +41,8 @@ def quantize_int8_reference(
     finite = torch.where(is_finite.unsqueeze(-1), blocks, 0.0)
     low, high = finite.amin(-1).clamp(max=0.0), finite.amax(-1).clamp(min=0.0)
     if scale is not None:
-        new_scale = scale.expand(is_finite.shape) if scale.numel() == 1 else scale
+        one = scale.reshape(()).expand(is_finite.shape) if scale.numel() == 1 else None
+        new_scale = scale.reshape(is_finite.shape) if one is None else one
     elif symmetric:
         new_scale = torch.maximum(-low, high) / 127.0
     else:  # halved, so that the difference of the largest floats is finite
@@ -59,15 +60,3 @@ def quantize_int8_reference(
     values = quantized.reshape(padded.shape)[..., :n].to(torch.int8)
     new_scale = torch.where(is_finite, new_scale, float("nan"))
     return values.contiguous(), new_scale.contiguous(), zero_point
-
-
-def dequantize_int8_reference(
-    values: Tensor, scale: Tensor, zero_point: Tensor | None, block_size: int, dtype: torch.dtype
-) -> Tensor:
-    """``(values - zero_point) * scale`` block by block, in float32, rounded once to ``dtype``."""
-    n = values.shape[-1]
-    steps = values.to(torch.float32)
-    spread = lambda t: t.repeat_interleave(block_size, -1)[..., :n] if t.shape[-1] > 1 else t  # noqa: E731
-    if zero_point is not None:
-        steps = steps - spread(zero_point).to(torch.float32)
-    return (steps * spread(scale)).to(dtype)

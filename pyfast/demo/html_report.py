@@ -12,6 +12,7 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .quantization import FLOAT, WEIGHT_ONLY, Quantization, quantization_rows, quantization_text
 from .report import (
     Results,
     agreement_text,
@@ -62,7 +63,7 @@ def _page(results: Results) -> str:
     figures = _table(("", "stock", "patched", "against stock"), comparison_rows(comparison))
     patched = _table(("module", "from", "to, or why not"), patch_rows(results.patch_report))
     environment = _table((), results.environment.items())
-    problems = "".join(f'<p class="failed">{escape(text)}</p>' for text in comparison.problems)
+    problems = "".join(f'<p class="failed">{escape(text)}</p>' for text in results.problems)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -89,7 +90,7 @@ def _page(results: Results) -> str:
 <p>{escape(agreement_text(comparison).capitalize())}.</p>
 <h2>What pyfast.patch did</h2>
 <div class="card">{patched}</div>
-<h2>The patched model writes</h2>
+{_quantization(results.quantization)}<h2>The patched model writes</h2>
 <div class="card"><pre>{escape(results.sample)}</pre></div>
 <h2>Environment</h2>
 <div class="card">{environment}</div>
@@ -101,6 +102,16 @@ def _page(results: Results) -> str:
 """
 
 
+def _quantization(quantization: Quantization | None) -> str:
+    if quantization is None:
+        return ""
+    figures = _table(("", *quantization.variants), quantization_rows(quantization))
+    return f"""<h2>The patched model in int8: pyfast.quantization.quantize_</h2>
+<div class="card figures">{figures}</div>
+<p>{escape(quantization_text(quantization))}.</p>
+"""
+
+
 def _verdict(results: Results) -> str:
     comparison = results.comparison
     stock, patched = comparison.stock, comparison.patched
@@ -108,8 +119,12 @@ def _verdict(results: Results) -> str:
         (f"{comparison.speedup:.2f}x", "training speed", ""),
         (f"{1 - patched.saved_bytes / stock.saved_bytes:.0%}", "less saved for backward", ""),
         (f"{comparison.difference:+.4f}", "held-out loss, difference", ""),
-        ("failed", "checks", "failed") if comparison.problems else ("passed", "checks", ""),
+        ("failed", "checks", "failed") if results.problems else ("passed", "checks", ""),
     ]
+    if results.quantization is not None:
+        variants = results.quantization.variants
+        ratio = variants[FLOAT].weight_bytes / variants[WEIGHT_ONLY].weight_bytes
+        cards.insert(-1, (f"{ratio:.1f}x", "smaller in int8", ""))
     return "".join(f'<div><b class="{kind}">{big}</b>{small}</div>' for big, small, kind in cards)
 
 

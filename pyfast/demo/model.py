@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 VOCABULARY = 256
-TEMPERATURE = 0.8
 
 
 class GPT(nn.Module):
@@ -47,21 +45,3 @@ class GPT(nn.Module):
             y = block(y, self.mask[:length, :length], is_causal=True)
         logits: Tensor = self.head(self.norm(y))
         return logits
-
-    @torch.no_grad()
-    def sample(self, prompt: bytes, length: int, seed: int) -> str:
-        """The prompt and ``length`` bytes more, as text; less where a model gives NaN."""
-        self.eval()
-        device, context = self.positions.weight.device, self.positions.num_embeddings
-        generator = torch.Generator().manual_seed(seed)
-        text = list(prompt)
-        for _ in range(length):
-            logits = self(torch.tensor([text[-context:]], device=device))[0, -1]
-            chances = (logits.float().cpu() / TEMPERATURE).softmax(0)
-            if not chances.isfinite().all():
-                break
-            text.append(int(torch.multinomial(chances, 1, generator=generator)))
-        decoded = bytes(text).decode(errors="replace")
-        return "".join(
-            c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in decoded
-        )

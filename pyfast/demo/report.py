@@ -24,12 +24,17 @@ from pyfast._patch import PatchReport, class_name
 from .comparison import Comparison
 from .data import Corpus
 from .options import Options
+from .quantization import Quantization, quantization_rows, quantization_text
 from .training import Run
 
 
 @dataclass(frozen=True)
 class Results:
-    """A finished run of the demo."""
+    """A finished run of the demo.
+
+    Attributes:
+        quantization: None where the comparison has problems.
+    """
 
     options: Options
     corpus: Corpus
@@ -38,7 +43,14 @@ class Results:
     comparison: Comparison
     patch_report: PatchReport
     sample: str
+    quantization: Quantization | None
     environment: dict[str, str]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """One line for each check that failed."""
+        more = () if self.quantization is None else self.quantization.problems
+        return (*self.comparison.problems, *more)
 
 
 def environment(device: str) -> dict[str, str]:
@@ -185,15 +197,27 @@ def print_results(results: Results, console: Console) -> None:
     console.print("[bold]Optimizer:[/]", Text(optimizer_text(results)))
     console.print(f"[bold]Speed:[/] {speed_text(comparison)}")
     console.print(f"[bold]Check:[/] {agreement_text(comparison)}")
-    for problem in comparison.problems:
-        console.print(f"[bold red]FAILED:[/] {problem}")
     table = _table("What pyfast.patch did", "module", "from", "to, or why not")
     for row in patch_rows(results.patch_report):
         table.add_row(*map(Text, row))
     console.print(table)
+    if results.quantization is not None:
+        _print_quantization(results.quantization, console)
+    for problem in results.problems:
+        console.print(f"[bold red]FAILED:[/] {problem}")
     console.print("[bold]The patched model writes:[/]")
     console.print(Text(results.sample), style="dim")
     console.print("\n[bold]Report:[/]", Text(str(results.options.out / "report.html")))
+
+
+def _print_quantization(quantization: Quantization, console: Console) -> None:
+    table = _table("pyfast.quantization.quantize_(model, config)", "", *quantization.variants)
+    for row in quantization_rows(quantization):
+        table.add_row(*row)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console.print(table)
+    console.print(f"[bold]Check:[/] {quantization_text(quantization)}")
 
 
 def _table(title: str | None, *columns: str) -> Table:
@@ -209,8 +233,9 @@ def write_json(results: Results, path: Path) -> None:
         "text": results.corpus.source,
         "parameters": results.parameters,
         "optimizers": optimizers(results),
-        "passed": not results.comparison.problems,
+        "passed": not results.problems,
         "comparison": asdict(results.comparison),
+        "quantization": None if results.quantization is None else results.quantization.as_dict(),
         "patch": [
             {
                 "path": entry.path,

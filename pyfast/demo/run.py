@@ -13,11 +13,13 @@ import pyfast
 
 from .comparison import compare
 from .data import Corpus
+from .generation import generate, readable
 from .html_report import write_html
 from .model import GPT
 from .options import Options
+from .quantization import quantize
 from .report import Results, environment, print_introduction, print_results, write_json
-from .training import LEARNING_RATE, Run, evaluate, make_run, measure_memory, train
+from .training import LEARNING_RATE, Run, held_out_losses, make_run, measure_memory, train
 
 PROMPT = b"def "
 SAMPLE_LENGTH = 300
@@ -34,7 +36,7 @@ def run(options: Options, corpus: Corpus) -> int:
     write_json(results, options.out / "report.json")
     write_html(results, options.out / "report.html")
     print_results(results, console)
-    return 1 if results.comparison.problems else 0
+    return 1 if results.problems else 0
 
 
 def _run(options: Options, corpus: Corpus, console: Console) -> Results:
@@ -51,16 +53,19 @@ def _run(options: Options, corpus: Corpus, console: Console) -> Results:
     with _progress(console) as progress:
         _train(runs, corpus, options, progress)
     for run in runs:
-        evaluate(run, corpus, options)
+        run.held_out_losses = held_out_losses(run.model, corpus, options)
         measure_memory(run, corpus, options)
+    comparison = compare(*runs, options)
     return Results(
         options=options,
         corpus=corpus,
         parameters=parameters,
         runs=runs,
-        comparison=compare(*runs, options),
+        comparison=comparison,
         patch_report=patch_report,
-        sample=patched.sample(PROMPT, SAMPLE_LENGTH, options.seed),
+        sample=readable(generate(patched, PROMPT, SAMPLE_LENGTH, options.seed)),
+        # What a model that is wrong already loses says nothing about quantization.
+        quantization=None if comparison.problems else quantize(patched, corpus, options, PROMPT),
         environment=environment(options.device),
     )
 

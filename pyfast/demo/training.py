@@ -100,16 +100,16 @@ def _wait(device: str) -> None:
 
 
 @torch.no_grad()
-def evaluate(run: Run, corpus: Corpus, options: Options) -> None:
-    """The loss of each held-out sequence, in eval mode."""
-    run.model.eval()
+def held_out_losses(model: GPT, corpus: Corpus, options: Options) -> Tensor:  # [windows]
+    """The loss of each held-out sequence, in eval mode, float64."""
+    model.eval()
     windows = spaced_windows(corpus.held_out, HELD_OUT_WINDOWS, options.context)
     losses = [
-        _losses(run.model, part.to(options.device), options).cpu()
+        _losses(model, part.to(options.device), options).cpu()
         for part in torch.split(windows, options.batch)
     ]
-    run.held_out_losses = torch.cat(losses).double()
-    run.model.train()
+    model.train()
+    return torch.cat(losses).double()
 
 
 def measure_memory(run: Run, corpus: Corpus, options: Options) -> None:

@@ -12,6 +12,9 @@ from .attention import MultiheadAttention
 from .dropconnect import DropConnect
 from .dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
 from .fused import BiasDropoutAdd, DropoutAddNorm
+from .int8 import Int8Embedding, Int8Linear
+from .int8_attention import Int8MultiheadAttention
+from .int8_conv import Int8Conv1d, Int8Conv2d
 from .transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
@@ -24,6 +27,11 @@ __all__ = [
     "Dropout3d",
     "DropoutAddNorm",
     "FeatureAlphaDropout",
+    "Int8Conv1d",
+    "Int8Conv2d",
+    "Int8Embedding",
+    "Int8Linear",
+    "Int8MultiheadAttention",
     "MultiheadAttention",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",

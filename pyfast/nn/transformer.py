@@ -14,6 +14,7 @@ from . import functional as F
 from ._fx import leaf
 from .attention import MultiheadAttention
 from .dropout import Dropout
+from .int8_attention import Int8MultiheadAttention
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DROPOUTS = (nn.Dropout, Dropout)
@@ -156,7 +157,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         if (
             src.is_nested
             or (is_causal and src_mask is None)
-            or type(self.self_attn) is not MultiheadAttention
+            or type(self.self_attn) not in (MultiheadAttention, Int8MultiheadAttention)
             or not _fuses(self, nn.TransformerEncoderLayer, 2, ("_sa_block", "_ff_block"))
         ):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)

@@ -157,6 +157,7 @@ class Op:
         self.dispatched: Callable[..., Any] = getattr(torch.ops.pyfast, self.name).default
         names = [argument.name for argument in self.dispatched._schema.arguments]
         self._seed_position = names.index("seed") if "seed" in names else None
+        self._transformed: Callable[..., Any] = self.dispatched
         if backward is not None and setup_context is not None:
             torch.library.register_autograd(
                 qualified, backward, setup_context=setup_context, lib=_library

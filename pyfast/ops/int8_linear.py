@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -17,6 +16,9 @@ from ..kernels.int8_linear.int8_linear_reference import (
 )
 from ._native import contiguous, empty, get_num_threads, native
 from ._op import Op, is_eager
+from .quantize_int8 import check_scale_values
+
+_is_autocast_enabled = torch._C._is_any_autocast_enabled
 
 _MAX_NATIVE_K = 1 << 17  # beyond, the int32 sum of 127 * 127 may wrap
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -75,8 +77,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, weight_scale, smooth = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        scaled = (grad.float() * weight_scale).to(grad.dtype)
-        grad_x = scaled @ weight.to(grad.dtype)
+        # Gradients of float16 are near its smallest values already.
+        dtype = torch.float32 if grad.dtype == torch.float16 else grad.dtype
+        grad_x = (grad.float() * weight_scale).to(dtype) @ weight.to(dtype)
         if smooth is not None:
             grad_x = grad_x * smooth
         grad_x = grad_x.to(ctx.x_dtype)
@@ -196,13 +199,14 @@ def _check_linear(
         fail("smooth", f"({k},) float32", smooth)
     if input_scale is not None:
         shape = tuple(x.shape[:-1]) if x.dtype == torch.int8 else ()
-        one = x.dtype != torch.int8 and input_scale.numel() == 1
         if (
-            not (one or input_scale.shape == shape)
+            not (input_scale.numel() == 1 or input_scale.shape == shape)
             or input_scale.dtype != torch.float32
             or input_scale.device != x.device
         ):
             fail("input_scale", f"{shape} float32", input_scale)
+        if input_scale.numel() == 1 and input_scale.is_cpu:
+            check_scale_values("int8_linear", "input_scale", input_scale)
 
 
 def int8_linear(
@@ -226,8 +230,8 @@ def int8_linear(
     on the way into the product: no error but that of the weights. x and bias get gradients, as if
     x was not rounded; the weight gets none.
 
-    A row of x with NaN or Inf gives a row of NaN when it is quantized; other rows are not touched. A
-    row of zeros gives the bias. Nothing is packed or kept: weights may change between calls.
+    A row of x with NaN or Inf gives a row of NaN when it is quantized; other rows are not touched.
+    A row of zeros gives the bias. Nothing is packed or kept: weights may change between calls.
 
     Args:
         x: (..., in_features): float32, bfloat16, float16 (float64 runs in the reference), any
@@ -238,9 +242,11 @@ def int8_linear(
         weight_only: do not quantize x. Default: ``False``
         activation: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``, of the
             float32 result before it is rounded. Default: none
-        input_scale: one float32 to quantize x with (static quantization), instead of one a row.
+        input_scale: one float32 to quantize x with (static quantization), instead of one a row;
+            positive (not checked on a GPU, nor where it is one a row of int8 x).
         smooth: (in_features,) float32, multiplied to x first (the division of SmoothQuant).
-        dtype: of the result. Default: x's; for int8 x that of the bias, or float32
+        dtype: of the result. Default: x's, or that of autocast; for int8 x that of the bias, or
+            float32
 
     Returns:
         (..., out_features).
@@ -275,13 +281,22 @@ def int8_linear(
         if input_scale is None:
             raise ValueError("int8_linear: input_scale must be given with int8 x, got None")
         dtype = dtype or (torch.float32 if bias is None else bias.dtype)
+        input_scale = input_scale.expand(x.shape[:-1])
     elif weight_only and input_scale is not None:
         raise ValueError("int8_linear: input_scale must be None with weight_only, got a tensor")
-    dtype = dtype or x.dtype
+    if dtype is None:
+        dtype = x.dtype
+        device = x.device.type
+        if dtype != torch.float64 and _is_autocast_enabled() and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+    elif not dtype.is_floating_point:
+        raise ValueError(f"int8_linear: dtype must be floating point, got {dtype}")
     call = int8_linear_op.eager if is_eager(x) else int8_linear_op.traced
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad or (bias is not None and bias.requires_grad)
     )
-    fused = "none" if needs_grad else activation
-    y = call(x, weight, weight_scale, bias, input_scale, smooth, weight_only, fused, dtype)
-    return activate(y, activation) if fused != activation else y
+    operands = (weight, weight_scale, bias, input_scale, smooth, weight_only)
+    if needs_grad and activation != "none":  # torch's, which knows its gradient
+        wide = torch.promote_types(dtype, torch.float32)
+        return activate(call(x, *operands, "none", wide), activation).to(dtype)
+    return call(x, *operands, activation, dtype)  # type: ignore[no-any-return]

@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..kernels.quantize_int8.quantize_int8_reference import (
-    dequantize_int8_reference,
-    quantize_int8_reference,
-)
-from ._native import contiguous, empty, get_num_threads, native
-from ._op import Op
+from ..kernels.quantize_int8.quantize_int8_reference import quantize_int8_reference
+from ._native import contiguous, get_num_threads, native
+from ._op import Op, is_eager
 
 GRANULARITIES = ("row", "tensor", "channel", "block")
 
@@ -88,17 +85,25 @@ def _check_granularity(
         raise ValueError(f"{function}: dim must be in [{-x.dim()}, {x.dim() - 1}], got {dim}")
 
 
-def check_scale(function: str, name: str, scale: Tensor, shape: tuple[int, ...]) -> None:
-    """ValueError unless ``scale`` is float32 of this shape (or of one element)."""
-    if scale.dtype != torch.float32 or (scale.shape != shape and scale.numel() != 1):
+def check_scale(
+    function: str, name: str, scale: Tensor, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """ValueError unless ``scale`` is float32 of this shape (or of one element) on the device."""
+    if (
+        scale.dtype != torch.float32
+        or (scale.shape != shape and scale.numel() != 1)
+        or scale.device != device
+    ):
         raise ValueError(
-            f"{function}: {name} must be {shape} float32, got {tuple(scale.shape)} {scale.dtype}"
+            f"{function}: {name} must be {shape} float32 on {device}, "
+            f"got {tuple(scale.shape)} {scale.dtype} on {scale.device}"
         )
 
 
 def check_scale_values(function: str, name: str, scale: Tensor) -> None:
-    """ValueError unless every scale is positive and finite. Waits for a GPU."""
-    if not bool((scale.isfinite() & (scale > 0)).all()):
+    """ValueError unless every scale is positive and finite. Waits for a GPU; compiled code, which
+    has no values yet, is not checked."""
+    if is_eager(scale) and not bool((scale.isfinite() & (scale > 0)).all()):
         wrong = scale[~(scale.isfinite() & (scale > 0))][0].item()
         raise ValueError(f"{function}: {name} must be positive and finite, got {wrong}")
 
@@ -108,13 +113,12 @@ def _rows_of(x: Tensor, granularity: str, dim: int) -> Tensor:
     if granularity == "tensor":
         return x.reshape(1, x.numel())
     if granularity == "channel":
-        return x.movedim(dim, 0).reshape(x.shape[dim], -1)
+        others = x.movedim(dim, 0)
+        return others.reshape(others.shape[0], others.shape[1:].numel())
     return x
 
 
-def _scale_shape(
-    x: Tensor, granularity: str, dim: int, block_size: int | None
-) -> tuple[int, ...]:
+def _scale_shape(x: Tensor, granularity: str, dim: int, block_size: int | None) -> tuple[int, ...]:
     if granularity == "tensor":
         return ()
     if granularity == "channel":
@@ -150,8 +154,8 @@ def quantize_int8(
         symmetric: ``scale = absmax / 127``. Otherwise ``scale = (max - min) / 255`` where max is at
             least and min at most 0, and the ``zero_point``, the value that stands for 0, is
             returned too. Default: ``True``
-        scale: float32, of the shape that is returned or of one element, positive: taken instead of
-            the one that the values ask for; what is beyond is clamped. It goes with symmetric alone.
+        scale: float32, of the shape that is returned or of one element, positive: taken instead
+            of the one that the values ask for; what is beyond is clamped. With symmetric alone.
 
     Returns:
         ``(values, scale)``, or ``(values, scale, zero_point)`` if not symmetric: int8 of x's shape,
@@ -173,18 +177,32 @@ def quantize_int8(
             symmetric=symmetric,
             scale=scale,
         )
-    function = "quantize_int8"
+    return _quantize("quantize_int8", x, granularity, dim, block_size, symmetric, scale)
+
+
+def _quantize(
+    function: str,
+    x: Tensor,
+    granularity: str,
+    dim: int,
+    block_size: int | None,
+    symmetric: bool,
+    scale: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """See :func:`quantize_int8`; ``function`` is the name in errors."""
     _check_input(function, x)
     _check_granularity(function, x, granularity, dim, block_size)
     shape = _scale_shape(x, granularity, dim, block_size)
     if scale is not None:
         if not symmetric:
             raise ValueError(f"{function}: scale goes with symmetric=True, got symmetric=False")
-        check_scale(function, "scale", scale, shape)
+        check_scale(function, "scale", scale, shape, x.device)
         check_scale_values(function, "scale", scale)
     rows = _rows_of(x.detach(), granularity, dim)
     if rows.numel() == 0:
         new_scale = torch.ones(shape, dtype=torch.float32, device=x.device)
+        if scale is not None:
+            new_scale = scale.reshape(shape) if scale.shape == shape else new_scale * scale
         result = (torch.empty(x.shape, dtype=torch.int8, device=x.device), new_scale)
         return result if symmetric else (*result, torch.zeros_like(new_scale, dtype=torch.int32))
     size = block_size or rows.shape[-1]
@@ -234,11 +252,15 @@ def dequantize_int8(
         raise ValueError(f"{function}: dtype must be floating point, got {dtype}")
     _check_granularity(function, values, granularity, dim, block_size)
     shape = _scale_shape(values, granularity, dim, block_size)
-    check_scale(function, "scale", scale, shape)
-    if zero_point is not None and (zero_point.shape != scale.shape or zero_point.dtype != torch.int32):
+    check_scale(function, "scale", scale, shape, values.device)
+    if zero_point is not None and (
+        zero_point.shape != scale.shape
+        or zero_point.dtype != torch.int32
+        or zero_point.device != values.device
+    ):
         raise ValueError(
-            f"{function}: zero_point must be {tuple(scale.shape)} int32, "
-            f"got {tuple(zero_point.shape)} {zero_point.dtype}"
+            f"{function}: zero_point must be {tuple(scale.shape)} int32 on {values.device}, "
+            f"got {tuple(zero_point.shape)} {zero_point.dtype} on {zero_point.device}"
         )
 
     def spread(t: Tensor) -> Tensor:
@@ -256,29 +278,6 @@ def dequantize_int8(
     return steps.mul_(spread(scale)).to(dtype)
 
 
-class _FakeQuantize(torch.autograd.Function):
-    """Rounding has a slope of one inside of the range, and none beyond it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor | None, options: dict[str, Any]) -> Tensor:
-        symmetric = options["symmetric"]
-        layout = {key: options[key] for key in ("granularity", "dim", "block_size")}
-        result = quantize_int8(x, scale=scale, symmetric=symmetric, **layout)
-        y = dequantize_int8(*result, dtype=x.dtype, **layout)
-        if scale is not None:
-            limit = dequantize_int8(
-                torch.full_like(result[0], 127), result[1], dtype=torch.float32, **layout
-            )
-            ctx.save_for_backward(x.abs() <= limit)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.saved_tensors:
-            grad = torch.where(ctx.saved_tensors[0], grad, 0.0)
-        return grad, None, None
-
-
 def fake_quantize(
     x: Tensor,
     *,
@@ -291,7 +290,7 @@ def fake_quantize(
     """``dequantize_int8(quantize_int8(x))`` in x's dtype, with a gradient: for training with the
     errors that quantization will make.
 
-    Replaces ``torch.fake_quantize_per_tensor_affine`` and ``torch.fake_quantize_per_channel_affine``.
+    Replaces ``torch.fake_quantize_per_tensor_affine`` and ``fake_quantize_per_channel_affine``.
     The gradient is passed through as if nothing was rounded (straight-through estimator, Bengio et
     al. 2013), but zero where x is beyond a given ``scale``. The scale gets none.
 
@@ -300,11 +299,11 @@ def fake_quantize(
     Returns:
         The shape and dtype of x.
     """
-    options = {
-        "granularity": granularity,
-        "dim": dim,
-        "block_size": block_size,
-        "symmetric": symmetric,
-    }
-    _check_input("fake_quantize", x)
-    return _FakeQuantize.apply(x, scale, options)  # type: ignore[no-any-return,no-untyped-call]
+    fixed = x.detach()
+    result = _quantize("fake_quantize", fixed, granularity, dim, block_size, symmetric, scale)
+    layout: dict[str, Any] = {"granularity": granularity, "dim": dim, "block_size": block_size}
+    through = x - fixed  # zero, with the gradient of x
+    if scale is not None:
+        limit = dequantize_int8(torch.full_like(result[0], 127), result[1], **layout)
+        through = torch.where(fixed.abs() <= limit, through, 0.0)
+    return dequantize_int8(*result, dtype=x.dtype, **layout) + through
