@@ -47,7 +47,8 @@ class CMakeBuild(build_ext):
         if cuda not in ("auto", "0", "1"):
             raise SystemExit(f"pyfast: PYFAST_CUDA must be auto, 0 or 1, got {cuda!r}")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = (ROOT / self.build_temp).resolve() / f"cuda-{cuda}"
+        # Not build_temp, which an editable install throws away: objects are kept.
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-cuda-{cuda}"
         build.mkdir(parents=True, exist_ok=True)
         options = {
             "PYFAST_CUDA": cuda,

@@ -51,9 +51,9 @@ void set_sizes(const char* function, const Tensor& x, const Tensor& weight, cons
   p->x_is_int8 = is_int8(x);
 }
 
-void int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                 py::object bias, py::object input_scale, py::object smooth, const Tensor& y,
-                 bool weight_only, int activation, int num_threads) {
+void int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, py::object bias,
+                 py::object input_scale, py::object smooth, const Tensor& y, bool weight_only,
+                 int activation, int num_threads) {
   const char* name = "int8_linear";
   Int8LinearParams params = {};
   set_sizes(name, x, weight, y, &params);

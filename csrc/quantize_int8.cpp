@@ -12,8 +12,8 @@ void* checked(const char* argument, const Tensor& tensor, const Tensor& like, ui
   require_same_device("quantize_int8", argument, tensor, like);
   if (!tensor.has_type(code, bits) || tensor.num_elements() != size || !tensor.is_contiguous()) {
     throw py::value_error(std::string("quantize_int8: ") + argument + " must hold " +
-                          std::to_string(size) + " contiguous elements of " +
-                          std::to_string(bits) + " bits, got " + tensor.describe());
+                          std::to_string(size) + " contiguous elements of " + std::to_string(bits) +
+                          " bits, got " + tensor.describe());
   }
   return tensor.data();
 }
@@ -27,8 +27,10 @@ void quantize_int8(const Tensor& x, py::object scale_in, py::object smooth, cons
   const int64_t size = x.num_elements();
   if (size == 0) return;
   if (row_size < 1 || block_size < 1 || size % row_size != 0 || !x.is_contiguous()) {
-    throw py::value_error("quantize_int8: x must be contiguous rows of row_size elements, and "
-                          "block_size at least 1, got " + x.describe());
+    throw py::value_error(
+        "quantize_int8: x must be contiguous rows of row_size elements, and "
+        "block_size at least 1, got " +
+        x.describe());
   }
   params.num_rows = size / row_size;
   params.row_size = row_size;
@@ -45,14 +47,13 @@ void quantize_int8(const Tensor& x, py::object scale_in, py::object smooth, cons
   if (!scale_in.is_none()) {
     if (!scale_tensor.assign(scale_in)) throw py::type_error("quantize_int8: scale: no tensor");
     params.has_one_scale_in = scale_tensor.num_elements() == 1;
-    params.scale_in = static_cast<const float*>(
-        checked("scale", scale_tensor, x, dlpack::kFloat, 32,
-                params.has_one_scale_in ? 1 : num_scales));
+    params.scale_in = static_cast<const float*>(checked(
+        "scale", scale_tensor, x, dlpack::kFloat, 32, params.has_one_scale_in ? 1 : num_scales));
   }
   if (!smooth.is_none()) {
     if (!smooth_tensor.assign(smooth)) throw py::type_error("quantize_int8: smooth: no tensor");
-    params.smooth =
-        static_cast<const float*>(checked("smooth", smooth_tensor, x, dlpack::kFloat, 32, row_size));
+    params.smooth = static_cast<const float*>(
+        checked("smooth", smooth_tensor, x, dlpack::kFloat, 32, row_size));
   }
   run_kernel(name, x, params, num_threads, quantize_int8_cpu_table, quantize_int8_cuda);
 }

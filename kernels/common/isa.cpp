@@ -43,8 +43,9 @@ Isa detect() {
                   __builtin_cpu_supports("avx512vl");
   if (!v4) return Isa::kAvx2;
   if (!__builtin_cpu_supports("avx512vnni")) return Isa::kAvx512;
-  if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512Vnni;
-  return __builtin_cpu_supports("avx512vbmi") && has_amx() ? Isa::kAmx : Isa::kAvx512Bf16;
+  const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  if (!bf16) return Isa::kAvx512Vnni;
+  return has_amx() ? Isa::kAmx : Isa::kAvx512Bf16;
 #else
   return Isa::kGeneric;
 #endif

@@ -34,8 +34,8 @@ const char* set_selected_isa(const char* name);
 
 }  // namespace pyfast
 
-// VNNI and AMX are of use to products of integers alone: other kernels have four copies, which stand
-// in the table in place of the two that would be equal.
+// VNNI and AMX are of use to products of integers alone: other kernels have four copies, which
+// stand in the table in place of the two that would be equal.
 #define PYFAST_DECLARE_KERNEL(level, name, Params)  \
   namespace level {                                 \
   void name(const Params& params, int num_threads); \
@@ -44,20 +44,20 @@ const char* set_selected_isa(const char* name);
   constexpr void (*name##_table[])(const Params&, int num_threads)
 
 #ifdef PYFAST_X86_LEVELS
-#define PYFAST_CPU_KERNEL(name, Params)                                                  \
-  PYFAST_DECLARE_KERNEL(generic, name, Params)                                           \
-  PYFAST_DECLARE_KERNEL(avx2, name, Params)                                              \
-  PYFAST_DECLARE_KERNEL(avx512, name, Params)                                            \
-  PYFAST_DECLARE_KERNEL(avx512_bf16, name, Params)                                       \
+#define PYFAST_CPU_KERNEL(name, Params)                                                \
+  PYFAST_DECLARE_KERNEL(generic, name, Params)                                         \
+  PYFAST_DECLARE_KERNEL(avx2, name, Params)                                            \
+  PYFAST_DECLARE_KERNEL(avx512, name, Params)                                          \
+  PYFAST_DECLARE_KERNEL(avx512_bf16, name, Params)                                     \
   PYFAST_KERNEL_TABLE(name, Params) = {generic::name, avx2::name,        avx512::name, \
                                        avx512::name,  avx512_bf16::name, avx512_bf16::name}
-#define PYFAST_CPU_INTEGER_KERNEL(name, Params)                                              \
-  PYFAST_DECLARE_KERNEL(generic, name, Params)                                               \
-  PYFAST_DECLARE_KERNEL(avx2, name, Params)                                                  \
-  PYFAST_DECLARE_KERNEL(avx512, name, Params)                                                \
-  PYFAST_DECLARE_KERNEL(avx512_vnni, name, Params)                                           \
-  PYFAST_DECLARE_KERNEL(avx512_bf16, name, Params)                                           \
-  PYFAST_DECLARE_KERNEL(amx, name, Params)                                                   \
+#define PYFAST_CPU_INTEGER_KERNEL(name, Params)                                            \
+  PYFAST_DECLARE_KERNEL(generic, name, Params)                                             \
+  PYFAST_DECLARE_KERNEL(avx2, name, Params)                                                \
+  PYFAST_DECLARE_KERNEL(avx512, name, Params)                                              \
+  PYFAST_DECLARE_KERNEL(avx512_vnni, name, Params)                                         \
+  PYFAST_DECLARE_KERNEL(avx512_bf16, name, Params)                                         \
+  PYFAST_DECLARE_KERNEL(amx, name, Params)                                                 \
   PYFAST_KERNEL_TABLE(name, Params) = {generic::name,     avx2::name,        avx512::name, \
                                        avx512_vnni::name, avx512_bf16::name, amx::name}
 #else

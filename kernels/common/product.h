@@ -1,10 +1,9 @@
-// Matrix products of 32-bit units, in register tiles. A unit is one float, or at level avx512_bf16 a
-// pair of bfloat16 that are multiplied and added in one instruction (vdpbf16ps, twice the speed of
-// float on Zen 4).
-// c[row][column] (+)= sum over units u of a[row][u] * b[u][column]: a is read one unit at a time
-// and broadcast, b and c in vectors of columns. A tile of 6 rows by 4 vectors keeps 24 sums in
-// registers and reads 10 values for them: one multiply-add of a whole vector a cycle, the ceiling
-// of Zen 4, within 3 % when b stays in L1. AVX2 has registers for 6 by 2.
+// Matrix products of 32-bit units, in register tiles. A unit is one float, or at level avx512_bf16
+// a pair of bfloat16 that are multiplied and added in one instruction (vdpbf16ps, twice the speed
+// of float on Zen 4). c[row][column] (+)= sum over units u of a[row][u] * b[u][column]: a is read
+// one unit at a time and broadcast, b and c in vectors of columns. A tile of 6 rows by 4 vectors
+// keeps 24 sums in registers and reads 10 values for them: one multiply-add of a whole vector a
+// cycle, the ceiling of Zen 4, within 3 % when b stays in L1. AVX2 has registers for 6 by 2.
 #pragma once
 
 #include "lanes.h"

@@ -38,9 +38,8 @@ struct WordDot {
   static constexpr int kStep = 32;
   __m512i v = _mm512_setzero_si512();
   static PYFAST_ALWAYS_INLINE __m512i weights(const int8_t* from, int n) {
-    const __m256i bytes = n == kStep
-                              ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
-                              : _mm256_maskz_loadu_epi8((uint32_t{1} << n) - 1, from);
+    const __m256i bytes = n == kStep ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                                     : _mm256_maskz_loadu_epi8((uint32_t{1} << n) - 1, from);
     return _mm512_cvtepi8_epi16(bytes);
   }
   static PYFAST_ALWAYS_INLINE __m512i values(const uint32_t* row, int64_t j) {
@@ -113,12 +112,32 @@ struct FloatDot {
   float sum() const { return v.sum(); }
 };
 
+#if defined(__AVX512VBMI__) && !defined(__AMX_INT8__)  // there it is no faster than FloatDot
+struct PairDot {
+  using Unit = PairWeightUnit<1>;
+  static constexpr int kStep = 64;
+  __m512 v = _mm512_setzero_ps();
+  static PYFAST_ALWAYS_INLINE WeightPairs weights(const int8_t* from, int n) {
+    return weight_pairs(n == kStep ? _mm512_loadu_si512(from)
+                                   : _mm512_maskz_loadu_epi8((uint64_t{1} << n) - 1, from));
+  }
+  static PYFAST_ALWAYS_INLINE WeightPairs values(const uint32_t* row, int64_t j) {
+    return {_mm512_loadu_si512(row + j / 2), _mm512_loadu_si512(row + j / 2 + 16)};
+  }
+  PYFAST_ALWAYS_INLINE void add(WeightPairs w, WeightPairs x) {
+    v = _mm512_dpbf16_ps(v, (__m512bh)w.first, (__m512bh)x.first);
+    v = _mm512_dpbf16_ps(v, (__m512bh)w.second, (__m512bh)x.second);
+  }
+  float sum() const { return Lanes{v}.sum(); }
+};
+#endif
+
 // sums[column * stride + row] for the first kRows rows of weights and kColumns rows of x, which are
 // `x_stride` units apart and padded with zeros to a whole step.
 template <typename Dot, int kRows, int kColumns>
-inline __attribute__((noinline)) void dot_strip(const int8_t* weights, int64_t k,
-                                                const uint32_t* x, int64_t x_stride, float* sums,
-                                                int64_t stride, int64_t ahead) {
+inline __attribute__((noinline)) void dot_strip(const int8_t* weights, int64_t k, const uint32_t* x,
+                                                int64_t x_stride, float* sums, int64_t stride,
+                                                int64_t ahead) {
   constexpr bool kHasExcess = Dot::Unit::kElements == 4;
   Dot dot[kRows][kColumns], excess[kRows];
   const auto step = [&](int64_t j, int n) PYFAST_INLINE_LAMBDA {

@@ -7,7 +7,7 @@ namespace pyfast::PYFAST_ISA {
 
 // erfc(x) for x >= 0, to a relative 1.2e-7 (Press et al., Numerical Recipes, section 6.2).
 PYFAST_LANE_FUNCTION Lanes erfc_of_positive(Lanes x) {
-  constexpr float kTerms[] = {-0.82215223f, 1.48851587f,  -1.13520398f, 0.27886807f, -0.18628806f,
+  constexpr float kTerms[] = {-0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f,
                               0.09678418f,  0.37409196f, 1.00002368f,  -1.26551223f};
   const Lanes one = Lanes::broadcast(1.0f);
   const Lanes t = quotient(one, fused(Lanes::broadcast(0.5f), x, one));
@@ -76,7 +76,9 @@ PYFAST_ALWAYS_INLINE Lanes sum_at(const float* sums, const int32_t* excess) {
   const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums), _mm512_loadu_si512(excess));
   return {_mm512_cvtepi32_ps(sum)};
 #elif defined(__AVX2__)
-  const auto load = [](const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); };
+  const auto load = [](const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  };
   return {_mm256_cvtepi32_ps(_mm256_sub_epi32(load(sums), load(excess)))};
 #else
   int32_t whole[kLanes];

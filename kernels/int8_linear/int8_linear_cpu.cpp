@@ -1,12 +1,12 @@
-// Passes over up to 512 rows of x. First the rows become units, quantized on the way; then the weights
-// are taken in blocks, by threads, and multiplied with all rows of the pass; sums turn into results
-// while they are in L1. Few rows are left as they are (int8_dot.h), more are packed in panels
-// (int8_tile.h).
+// Passes over up to 512 rows of x. First the rows become units, quantized on the way; then the
+// weights are taken in blocks, by threads, and multiplied with all rows of the pass; sums turn into
+// results while they are in L1. Few rows are left as they are (int8_dot.h), more are packed in
+// panels (int8_tile.h).
 #include "../common/parallel.h"
 #include "../common/workspace.h"
+#include "int8_amx.h"
 #include "int8_dot.h"
 #include "int8_finish.h"
-#include "int8_tile.h"
 
 namespace pyfast::PYFAST_ISA {
 namespace {
@@ -57,7 +57,7 @@ float units_of_row(const Int8LinearParams& p, int64_t row, int8_t* values, uint3
   dispatch_dtype(p.x_dtype, [&](auto* type) {
     if constexpr (sizeof(*type) <= 4) {
       const auto* from = static_cast<decltype(type)>(const_cast<void*>(p.x)) + row * p.k;
-      scale = convert_row<Unit, kSigned>(p, from, row, values, units, num_units);
+      scale = convert_row<Unit, kSigned>(p, from, values, units, num_units);
     }
   });
   return scale;
@@ -68,9 +68,9 @@ void multiply_few(const Int8LinearParams& p, int64_t num_threads) {
   using Unit = typename Dot::Unit;
   constexpr int64_t kBlock = 16;
   const int64_t num_units = round_up(p.k, Dot::kStep) / Unit::kElements;
-  char* workspace = static_cast<char*>(thread_workspace(
-      Memory::bytes<uint32_t>(p.m * num_units) + Memory::bytes<int8_t>(p.k) +
-      Memory::bytes<float>(p.m)));
+  char* workspace =
+      static_cast<char*>(thread_workspace(Memory::bytes<uint32_t>(p.m * num_units) +
+                                          Memory::bytes<int8_t>(p.k) + Memory::bytes<float>(p.m)));
   Memory memory(workspace);
   uint32_t* units = memory.take<uint32_t>(p.m * num_units);
   int8_t* values = memory.take<int8_t>(p.k);
@@ -80,7 +80,7 @@ void multiply_few(const Int8LinearParams& p, int64_t num_threads) {
   }
   const int64_t num_blocks = (p.n + kBlock - 1) / kBlock;
   parallel_for(num_blocks, num_threads, [&](int64_t begin, int64_t end, int64_t) {
-    alignas(64) float sums[kMaxFewRows * kBlock] = {};
+    alignas(64) float sums[8 * kBlock] = {};
     ColumnTerms terms = {};
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kBlock;
@@ -104,34 +104,35 @@ struct Pass {
   char* scratch;      // of each thread
   int64_t scratch_bytes;
 
-  static constexpr bool kUsesTiles = kHasTiles && Unit::kElements >= 2;
+  static constexpr int64_t kPanel = PYFAST_ISA::kPanel<Unit>;
+  static constexpr bool kUsesTiles = PYFAST_ISA::kUsesTiles<Unit>;
   static constexpr bool kSigned = kUsesTiles;
-  static constexpr bool kIsDirect = Unit::kElements == 4;
 
   int64_t num_panels() const { return (rows + kPanel - 1) / kPanel; }
   int64_t vectors_of(int64_t panel) const {
     const int64_t left = rows - panel * kPanel;
-    return left < kPanel ? (left + kLanes - 1) / kLanes : kTileVectors;
+    return left < kPanel ? (left + kLanes - 1) / kLanes : kPanel / kLanes;
   }
 
   // Rows [group * kLanes, ...) into their vector of a panel.
   void pack(int64_t group, int64_t thread) const {
+    const int64_t row_units = num_units * Unit::kTerms;
     Memory memory(scratch + thread * scratch_bytes);
-    uint32_t* units = memory.take<uint32_t>(kLanes * num_units);
+    uint32_t* units = memory.take<uint32_t>(kLanes * row_units);
     int8_t* values = memory.take<int8_t>(p.k);
     for (int64_t i = 0; i < kLanes; ++i) {
       const int64_t row = group * kLanes + i;
-      uint32_t* to = units + i * num_units;
+      uint32_t* to = units + i * row_units;
       if (row < rows) {
         scales[row] = units_of_row<Unit, kSigned>(p, first_row + row, values, to, num_units);
       } else {
-        memset(to, 0, static_cast<size_t>(num_units) * 4);
+        memset(to, 0, static_cast<size_t>(row_units) * 4);
       }
     }
-    uint32_t* panel = panels + group / kTileVectors * num_units * kPanel +
-                      group % kTileVectors * kLanes;
-    for (int64_t u = 0; u < num_units; u += kLanes) {
-      transpose_lanes(reinterpret_cast<const float*>(units) + u, num_units,
+    constexpr int64_t kVectors = kPanel / kLanes;
+    uint32_t* panel = panels + group / kVectors * row_units * kPanel + group % kVectors * kLanes;
+    for (int64_t u = 0; u < row_units; u += kLanes) {
+      transpose_lanes(reinterpret_cast<const float*>(units) + u, row_units,
                       reinterpret_cast<float*>(panel) + u * kPanel, kPanel);
     }
   }
@@ -147,8 +148,7 @@ struct Pass {
           excess.add_excess(ByteDot::weights(weights + row * p.k + j, 64));
         }
         if (j < p.k) {
-          excess.add_excess(
-              ByteDot::weights(weights + row * p.k + j, static_cast<int>(p.k - j)));
+          excess.add_excess(ByteDot::weights(weights + row * p.k + j, static_cast<int>(p.k - j)));
         }
         terms->excess[row] = excess.sum();
       }
@@ -159,29 +159,55 @@ struct Pass {
     (void)terms;
   }
 
+  // Whether the weights of a block can be multiplied where they lie.
+  bool is_direct(int64_t count) const {
+    if constexpr (Unit::kElements < 4) return false;
+    return kUsesTiles ? p.k == num_units * 4 && count == kBlockRows : p.k % 4 == 0;
+  }
+
+  LeftOperand converted(const int8_t* weights, int64_t count, int64_t thread) const {
+    const int64_t stride = num_units + kPadUnits;
+    auto* units = reinterpret_cast<uint32_t*>(scratch + thread * scratch_bytes);
+    for (int64_t row = 0; row < count; ++row) {
+      convert_weights<Unit>(weights + row * p.k, p.k, units + row * stride, num_units);
+    }
+    if (kUsesTiles) {
+      memset(units + count * stride, 0,
+             static_cast<size_t>((round_up(count, 32) - count) * stride) * 4);
+    }
+    return {units, stride};
+  }
+
+#if defined(__AMX_INT8__)
+  // Sums of a block with a panel.
+  template <bool kTwoColumns>
+  void multiply_panel_of_tiles(LeftOperand left, const int8_t* weights, int64_t count,
+                               const uint32_t* x, float* sums, Ahead* ahead) const {
+    for (int64_t row = 0; row < count; row += 32) {
+      float* to = sums + row * kPanel;
+      if (left.data != nullptr) {
+        const char* from = reinterpret_cast<const char*>(left.data + row * left.stride);
+        multiply_tiles<Unit, kTwoColumns>(from, left.stride * 4, x, to, num_units, ahead);
+      } else if constexpr (!Unit::kIsInteger) {
+        const int64_t left_rows = count - row < 32 ? count - row : 32;
+        multiply_converted<Unit, kTwoColumns>(weights + row * p.k, p.k, left_rows, x, to,
+                                              num_units);
+      }
+    }
+  }
+#endif
+
   void multiply_weights(int64_t block, int64_t first_panel, int64_t end_panel,
                         int64_t thread) const {
     const int64_t first = block * kBlockRows;
     const int64_t count = p.n - first < kBlockRows ? p.n - first : kBlockRows;
     const int8_t* weights = p.weight + first * p.k;
-    const int64_t alignment = kUsesTiles ? 64 : 4;
-    LeftOperand left = {reinterpret_cast<const uint32_t*>(weights), p.k / 4};
-    int64_t used_units = num_units;
-    const bool is_direct =
-        kIsDirect && p.k % alignment == 0 && (!kUsesTiles || count == kBlockRows);
-    if (is_direct) {
-      used_units = p.k / 4;
-    } else {
-      const int64_t stride = num_units + kPadUnits;
-      auto* converted = reinterpret_cast<uint32_t*>(scratch + thread * scratch_bytes);
-      for (int64_t row = 0; row < count; ++row) {
-        convert_weights<Unit>(weights + row * p.k, p.k, converted + row * stride, num_units);
-      }
-      if (kUsesTiles && count < kBlockRows) {
-        memset(converted + count * stride, 0,
-               static_cast<size_t>((round_up(count, 32) - count) * stride) * 4);
-      }
-      left = {converted, stride};
+    const bool converts_late = kUsesTiles && !Unit::kIsInteger && end_panel - first_panel == 1;
+    LeftOperand left = {nullptr, 0};
+    if (is_direct(count)) {
+      left = {reinterpret_cast<const uint32_t*>(weights), p.k / 4};
+    } else if (!converts_late) {
+      left = converted(weights, count, thread);
     }
     ColumnTerms terms = {};
     terms.load(p, first, count);
@@ -189,17 +215,24 @@ struct Pass {
     alignas(64) float sums[kBlockRows * kPanel];
     alignas(64) float turned[kPanel * kBlockRows];
     for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-      const uint32_t* x = panels + panel * num_units * kPanel;
+      const int64_t panel_units = num_units * Unit::kTerms * kPanel;
+      const uint32_t* x = panels + panel * panel_units;
       const int64_t vectors = vectors_of(panel);
 #if defined(__AMX_INT8__)
       if constexpr (kUsesTiles) {
-        multiply_block_of_tiles<Unit>(reinterpret_cast<const char*>(left.data), left.stride * 4, x,
-                                      sums, count, vectors, used_units, nullptr);
+        const int64_t steps = round_up(count, 32) / 32 * (num_units / 16) * Unit::kTerms + 1;
+        Ahead ahead(x + panel_units, panel + 1 < end_panel ? panel_units * 4 : 0, steps);
+        if (vectors == 2) {
+          multiply_panel_of_tiles<true>(left, weights, count, x, sums, &ahead);
+        } else {
+          multiply_panel_of_tiles<false>(left, weights, count, x, sums, &ahead);
+        }
       } else {
-        multiply_block<Unit>(left, x, sums, count, vectors, used_units);
+        multiply_block<Unit>(left, x, sums, count, vectors, num_units);
       }
 #else
-      multiply_block<Unit>(left, x, sums, count, vectors, used_units);
+      const int64_t units = is_direct(count) ? p.k / 4 : num_units;
+      multiply_block<Unit>(left, x, sums, count, vectors, units);
 #endif
       for (int64_t row = 0; row < count; row += kLanes) {
         for (int64_t vector = 0; vector < vectors; ++vector) {
@@ -216,24 +249,25 @@ struct Pass {
 
 template <typename Unit>
 void multiply_many(const Int8LinearParams& p, int64_t num_threads) {
-  const int64_t num_units = round_up((p.k + Unit::kElements - 1) / Unit::kElements, kLanes);
-  const int64_t most_rows = round_up(p.m < kPassRows ? p.m : kPassRows, kPanel);
+  const int64_t num_units =
+      round_up((p.k + Unit::kElements - 1) / Unit::kElements, kUnitStep<Unit>);
+  const int64_t row_units = num_units * Unit::kTerms;
+  const int64_t most_rows = round_up(p.m < kPassRows ? p.m : kPassRows, kPanel<Unit>);
   const int64_t threads = num_threads < 1 ? 1 : num_threads;
   const int64_t pack_bytes =
-      Memory::bytes<uint32_t>(kLanes * num_units) + Memory::bytes<int8_t>(p.k);
+      Memory::bytes<uint32_t>(kLanes * row_units) + Memory::bytes<int8_t>(p.k);
   const int64_t weight_bytes = Memory::bytes<uint32_t>(kBlockRows * (num_units + kPadUnits));
   const int64_t scratch_bytes = pack_bytes > weight_bytes ? pack_bytes : weight_bytes;
-  Memory memory(static_cast<char*>(thread_workspace(
-      Memory::bytes<uint32_t>(most_rows * num_units) + Memory::bytes<float>(most_rows) +
-      threads * scratch_bytes)));
-  uint32_t* panels = memory.take<uint32_t>(most_rows * num_units);
+  Memory memory(static_cast<char*>(thread_workspace(Memory::bytes<uint32_t>(most_rows * row_units) +
+                                                    Memory::bytes<float>(most_rows) +
+                                                    threads * scratch_bytes)));
+  uint32_t* panels = memory.take<uint32_t>(most_rows * row_units);
   float* scales = memory.take<float>(most_rows);
   char* scratch = memory.take<char>(threads * scratch_bytes);
   const int64_t num_blocks = (p.n + kBlockRows - 1) / kBlockRows;
   for (int64_t first_row = 0; first_row < p.m; first_row += kPassRows) {
     const int64_t rows = p.m - first_row < kPassRows ? p.m - first_row : kPassRows;
-    const Pass<Unit> pass = {p,      first_row, rows,    num_units,
-                             panels, scales,    scratch, scratch_bytes};
+    const Pass<Unit> pass = {p, first_row, rows, num_units, panels, scales, scratch, scratch_bytes};
     const int64_t num_groups = round_up(rows, kLanes) / kLanes;
     parallel_for(num_groups, threads, [&](int64_t begin, int64_t end, int64_t thread) {
       for (int64_t group = begin; group < end; ++group) pass.pack(group, thread);
@@ -266,19 +300,29 @@ using IntegerDot = WordDot;
 }  // namespace
 
 void int8_linear_cpu(const Int8LinearParams& params, int num_threads) {
-  if (params.m == 0 || params.n == 0) return;
-  const int64_t threads = threads_for(params.m * params.n * params.k, num_threads);
-  const bool is_few = params.m <= kMaxFewRows;
+  const int64_t m = params.m;
+  if (m == 0 || params.n == 0) return;
+  const int64_t threads = threads_for(m * params.n * params.k, num_threads);
   if (!params.weight_only) {
-    return is_few ? multiply_few<IntegerDot>(params, threads)
-                  : multiply_many<IntegerUnit>(params, threads);
+    return m <= kFewRows ? multiply_few<IntegerDot>(params, threads)
+                         : multiply_many<IntegerUnit>(params, threads);
   }
-  if (is_few) return multiply_few<FloatDot>(params, threads);
-#if defined(__AVX512BF16__)
-  // (With `smooth`, x is float32 from there on.)
-  if (params.x_dtype == DType::kBFloat16 && params.smooth == nullptr) return multiply_many<PairWeightUnit>(params, threads);
+  [[maybe_unused]] const DType dtype = params.smooth == nullptr ? params.x_dtype : DType::kFloat32;
+#if defined(__AMX_INT8__)
+  if (m <= kFewRowsOfFloats) return multiply_few<FloatDot>(params, threads);
+  if (dtype == DType::kBFloat16) return multiply_many<PairWeightUnit<1>>(params, threads);
+  if (dtype == DType::kFloat16) return multiply_many<PairWeightUnit<2>>(params, threads);
+  multiply_many<PairWeightUnit<3>>(params, threads);
+#else
+#if defined(__AVX512VBMI__)
+  if (dtype == DType::kBFloat16) {
+    return m <= kFewRowsOfFloats ? multiply_few<PairDot>(params, threads)
+                                 : multiply_many<PairWeightUnit<1>>(params, threads);
+  }
 #endif
+  if (m <= kFewRowsOfFloats) return multiply_few<FloatDot>(params, threads);
   multiply_many<FloatWeightUnit>(params, threads);
+#endif
 }
 
 }  // namespace pyfast::PYFAST_ISA

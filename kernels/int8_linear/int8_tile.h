@@ -9,21 +9,29 @@
 
 namespace pyfast::PYFAST_ISA {
 
-constexpr int kPanel = kTileVectors * kLanes;  // rows of x
 #if defined(__AMX_INT8__)
-constexpr bool kHasTiles = true;
-constexpr int kBlockRows = 64;  // of the weights; a multiple of kLanes
-#elif defined(__AVX512F__)
-constexpr bool kHasTiles = false;
+template <typename Unit>
+constexpr bool kUsesTiles = Unit::kElements >= 2;
+constexpr int kBlockRows = 128;  // of the weights; a multiple of kLanes
+#else
+template <typename Unit>
+constexpr bool kUsesTiles = false;
+#if defined(__AVX512F__)
 constexpr int kBlockRows = 48;
 #else
-constexpr bool kHasTiles = false;
 constexpr int kBlockRows = 24;
 #endif
+#endif
+// Rows of x in a panel. Tiles of AMX from a panel of 64, rows of 256 bytes, take 2.5 times as long.
+template <typename Unit>
+constexpr int64_t kPanel = (kUsesTiles<Unit> ? 2 : kTileVectors) * kLanes;
+// Units of a row are a multiple of it.
+template <typename Unit>
+constexpr int64_t kUnitStep = Unit::kElements == 2 && !Unit::kIsInteger ? 32 : kLanes;
 constexpr int64_t kBlockUnits = 1024;  // 256 KB of a panel
 
-// Few rows of x are few vectors, and too few sums in flight: the units are dealt out to several sums
-// of each, which are added in the end.
+// Few rows of x are few vectors, and too few sums in flight: the units are dealt out to several
+// sums of each, which are added in the end.
 template <typename Unit, int kRows, int kVectors, int kParts>
 inline __attribute__((noinline)) void multiply_parts(LeftOperand a, RightOperand b, Product c,
                                                      int64_t num_units) {
@@ -77,20 +85,20 @@ template <typename Unit>
 inline void multiply_block(LeftOperand weights, const uint32_t* panel, float* sums, int64_t rows,
                            int64_t vectors, int64_t num_units) {
   if (num_units == 0) {
-    memset(sums, 0, static_cast<size_t>(rows * kPanel) * sizeof(float));
+    memset(sums, 0, static_cast<size_t>(rows * kPanel<Unit>) * sizeof(float));
     return;
   }
   for (int64_t first = 0; first < num_units; first += kBlockUnits) {
     const int64_t end = first + kBlockUnits < num_units ? first + kBlockUnits : num_units;
-    const RightOperand right = {panel, kPanel};
-    const Product product = {sums, kPanel, first > 0};
+    const RightOperand right = {panel, kPanel<Unit>};
+    const Product product = {sums, kPanel<Unit>, first > 0};
 #if defined(__AVX512F__)
     if (vectors <= 2) {
       int64_t row = 0;
-      const RightOperand from = {panel + first * kPanel, kPanel};
+      const RightOperand from = {panel + first * kPanel<Unit>, kPanel<Unit>};
       for (; row + kTileRows <= rows; row += kTileRows) {
         const LeftOperand left = {weights.data + row * weights.stride + first, weights.stride};
-        const Product to = {sums + row * kPanel, kPanel, first > 0};
+        const Product to = {sums + row * kPanel<Unit>, kPanel<Unit>, first > 0};
         if (vectors == 1) {
           multiply_parts<Unit, kTileRows, 1, 4>(left, from, to, end - first);
         } else {
@@ -98,111 +106,16 @@ inline void multiply_block(LeftOperand weights, const uint32_t* panel, float* su
         }
       }
       const LeftOperand left = {weights.data + row * weights.stride, weights.stride};
-      const Product to = {sums + row * kPanel, kPanel, first > 0};
-      multiply<Unit, false>(left, right, to, rows - row, vectors, [&](int64_t, int64_t) {
-        return Extent{0, vectors, first, end};
-      });
+      const Product to = {sums + row * kPanel<Unit>, kPanel<Unit>, first > 0};
+      multiply<Unit, false>(left, right, to, rows - row, vectors,
+                            [&](int64_t, int64_t) { return Extent{0, vectors, first, end}; });
       continue;
     }
 #endif
-    multiply<Unit, false>(weights, right, product, rows, vectors, [&](int64_t, int64_t) {
-      return Extent{0, vectors, first, end};
-    });
+    multiply<Unit, false>(weights, right, product, rows, vectors,
+                          [&](int64_t, int64_t) { return Extent{0, vectors, first, end}; });
   }
 }
-
-#if defined(__AMX_INT8__)
-
-// All tiles are 16 rows of 64 bytes. The configuration is a thread's, and ends with release().
-// (The compiler's intrinsics do not say that they read memory.)
-class Tiles {
- public:
-  Tiles() {
-    struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
-    asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
-  }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-  ~Tiles() { asm volatile("tilerelease" ::: "memory"); }
-};
-
-#define PYFAST_TILE_LOAD(tile, from, stride) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"(stride) : "memory")
-#define PYFAST_TILE_STORE(tile, to, stride) \
-  asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"(stride) : "memory")
-#define PYFAST_TILE_ZERO(tile) asm volatile("tilezero %%tmm" #tile ::: "memory")
-#define PYFAST_TILE_DOT(sum, a, b)                                           \
-  do {                                                                       \
-    if constexpr (Unit::kIsInteger) {                                        \
-      asm volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::);       \
-    } else {                                                                 \
-      asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::);     \
-    }                                                                        \
-  } while (false)
-
-// 32 rows of weights by 32 columns, or by 16. Units are a multiple of 16. Weights that come next are
-// asked for on the way: the hardware does not follow 32 rows at once.
-template <typename Unit, bool kTwoColumns>
-inline __attribute__((noinline)) void multiply_tiles(const char* weights, int64_t stride,
-                                                     const uint32_t* panel, float* sums,
-                                                     int64_t num_units, const char* next) {
-  constexpr int64_t kPanelBytes = kPanel * 4;
-  PYFAST_TILE_ZERO(0);
-  PYFAST_TILE_ZERO(1);
-  PYFAST_TILE_ZERO(2);
-  PYFAST_TILE_ZERO(3);
-  for (int64_t u = 0; u < num_units; u += 16) {
-    const char* a = weights + u * 4;
-    const uint32_t* b = panel + u * kPanel;
-    PYFAST_TILE_LOAD(4, a, stride);
-    PYFAST_TILE_LOAD(6, b, kPanelBytes);
-    PYFAST_TILE_DOT(0, 4, 6);
-    PYFAST_TILE_LOAD(5, a + 16 * stride, stride);
-    PYFAST_TILE_DOT(2, 5, 6);
-    if constexpr (kTwoColumns) {
-      PYFAST_TILE_LOAD(7, b + 16, kPanelBytes);
-      PYFAST_TILE_DOT(1, 4, 7);
-      PYFAST_TILE_DOT(3, 5, 7);
-    }
-    if (next != nullptr) {
-      for (int line = 0; line < 32; ++line) __builtin_prefetch(next + line * 64, 0, 2);
-      next += 32 * 64;
-    }
-  }
-  PYFAST_TILE_STORE(0, sums, kPanelBytes);
-  PYFAST_TILE_STORE(2, sums + 16 * kPanel, kPanelBytes);
-  if constexpr (kTwoColumns) {
-    PYFAST_TILE_STORE(1, sums + 16, kPanelBytes);
-    PYFAST_TILE_STORE(3, sums + 16 * kPanel + 16, kPanelBytes);
-  }
-}
-
-// A whole block: rows beyond the last are zero weights.
-template <typename Unit>
-inline void multiply_block_of_tiles(const char* weights, int64_t stride, const uint32_t* panel,
-                                    float* sums, int64_t rows, int64_t vectors, int64_t num_units,
-                                    const char* next) {
-  for (int64_t row = 0; row < rows; row += 32) {
-    int64_t vector = 0;
-    for (; vector + 2 <= vectors; vector += 2) {
-      multiply_tiles<Unit, true>(weights + row * stride, stride, panel + vector * kLanes,
-                                 sums + row * kPanel + vector * kLanes, num_units, next);
-      next = nullptr;
-    }
-    if (vector < vectors) {
-      multiply_tiles<Unit, false>(weights + row * stride, stride, panel + vector * kLanes,
-                                  sums + row * kPanel + vector * kLanes, num_units, next);
-      next = nullptr;
-    }
-  }
-}
-
-#endif
 
 // to[column][row] = from[row][column], kLanes by kLanes.
 PYFAST_ALWAYS_INLINE void transpose_lanes(const float* from, int64_t from_stride, float* to,

@@ -1,9 +1,10 @@
-// The units of int8 products (see product.h), and how rows of weights and of x become rows of units.
+// The units of int8 products (see product.h), and how rows of weights and of x become rows of
+// units.
 //   ByteUnit   four int8 weights times four uint8 values of x (int8 plus 128), vpdpbusd: exact, and
 //              128 times the sum of the weights too large
 //   WordUnit   two of each, widened to int16, vpmaddwd: exact; (vpmaddubsw would saturate)
 //   FloatUnit  weight-only: one weight converted to float
-//   PairUnit   weight-only, bfloat16 x: two weights converted to bfloat16, which holds them exactly
+//   PairUnit   weight-only: two weights converted to bfloat16, which holds them exactly
 // With AMX, ByteUnit's x is int8 and nothing is too large.
 #pragma once
 
@@ -13,8 +14,13 @@
 
 namespace pyfast::PYFAST_ISA {
 
-constexpr int64_t kMaxFewRows = 8;      // rows of x that int8_dot.h is faster for
-constexpr int kMaxBlockColumns = 64;    // columns of y that are finished at a time
+// Up to so many rows of x int8_dot.h is faster.
+#if defined(__AMX_INT8__)
+constexpr int64_t kFewRows = 4, kFewRowsOfFloats = 2;
+#else
+constexpr int64_t kFewRows = 8, kFewRowsOfFloats = 8;
+#endif
+constexpr int kMaxBlockColumns = 128;  // columns of y that are finished at a time
 
 typedef uint32_t __attribute__((may_alias, aligned(1))) UnalignedWord;
 
@@ -25,12 +31,11 @@ PYFAST_ALWAYS_INLINE int32_t word_at(const uint32_t* from) {
 #if defined(__AVX512VNNI__)
 constexpr bool kHasBytes = true;
 struct ByteUnit {
-  static constexpr int kElements = 4;
+  static constexpr int kElements = 4, kTerms = 1;
   static constexpr bool kIsInteger = true;
   static PYFAST_ALWAYS_INLINE Lanes dot(const uint32_t* a, Lanes b, Lanes acc) {
-    const __m512i sum =
-        _mm512_dpbusd_epi32(_mm512_castps_si512(acc.v), _mm512_castps_si512(b.v),
-                            _mm512_set1_epi32(word_at(a)));
+    const __m512i sum = _mm512_dpbusd_epi32(_mm512_castps_si512(acc.v), _mm512_castps_si512(b.v),
+                                            _mm512_set1_epi32(word_at(a)));
     return {_mm512_castsi512_ps(sum)};
   }
 };
@@ -39,7 +44,7 @@ constexpr bool kHasBytes = false;
 #endif
 
 struct WordUnit {
-  static constexpr int kElements = 2;
+  static constexpr int kElements = 2, kTerms = 1;
   static constexpr bool kIsInteger = true;
   static PYFAST_ALWAYS_INLINE Lanes dot(const uint32_t* a, Lanes b, Lanes acc) {
 #if defined(__AVX512F__)
@@ -65,10 +70,14 @@ struct WordUnit {
 };
 
 struct FloatWeightUnit : FloatUnit {
+  static constexpr int kTerms = 1;
   static constexpr bool kIsInteger = false;
 };
 #if defined(__AVX512BF16__)
+// x is a sum of terms: one for bfloat16, two for float16, three for float32 hold it exactly.
+template <int kNumTerms>
 struct PairWeightUnit : PairUnit {
+  static constexpr int kTerms = kNumTerms;
   static constexpr bool kIsInteger = false;
 };
 #endif
@@ -78,11 +87,11 @@ template <typename Unit>
 PYFAST_ALWAYS_INLINE Lanes added(Lanes a, Lanes b) {
   if constexpr (!Unit::kIsInteger) return a + b;
 #if defined(__AVX512F__)
-  return {_mm512_castsi512_ps(
-      _mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
+  return {
+      _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
 #elif defined(__AVX2__)
-  return {_mm256_castsi256_ps(
-      _mm256_add_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v)))};
+  return {
+      _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v)))};
 #else
   int32_t left[kLanes], right[kLanes];
   memcpy(left, a.v, sizeof(left));
@@ -115,6 +124,52 @@ PYFAST_ALWAYS_INLINE void for_each_lanes(int64_t size, const F& f) {
   if (j < size) f(j, static_cast<int>(size - j));
 }
 
+#if defined(__AVX512VBMI__)
+// 64 weights as bfloat16, in the order in which bytes are unpacked: eights 0, 2, 4, 6 in the first
+// vector, 1, 3, 5, 7 in the second. Two tables of 128 bytes hold both halves of the bfloat16 of a
+// magnitude; -128 has none there.
+struct WeightPairs {
+  __m512i first, second;
+};
+PYFAST_ALWAYS_INLINE WeightPairs weight_pairs(__m512i weights) {
+  struct Tables {
+    alignas(64) uint8_t low[128] = {}, high[128] = {};
+    constexpr Tables() {
+      for (int value = 1; value < 128; ++value) {
+        int exponent = 0;
+        while (value >> (exponent + 1) != 0) ++exponent;
+        const int mantissa = (value << (7 - exponent)) & 0x7F;
+        const int bits = (127 + exponent) << 7 | mantissa;
+        low[value] = static_cast<uint8_t>(bits & 0xFF);
+        high[value] = static_cast<uint8_t>(bits >> 8);
+      }
+    }
+  };
+  static constexpr Tables kTables;
+  const __m512i magnitude = _mm512_abs_epi8(weights);
+  const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(kTables.low), magnitude,
+                                               _mm512_load_si512(kTables.low + 64));
+  __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(kTables.high), magnitude,
+                                          _mm512_load_si512(kTables.high + 64));
+  const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+  high = _mm512_ternarylogic_epi32(high, weights, sign, 0xF8);  // high | (weights & sign)
+  const __mmask64 is_least = _mm512_cmpeq_epi8_mask(weights, sign);
+  high = _mm512_mask_blend_epi8(is_least, high, _mm512_set1_epi8(static_cast<char>(0xC3)));
+  return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
+}
+
+// 64 values of x, as bfloat16, in the order of weight_pairs.
+inline void order_pairs(uint32_t* units, int64_t num_units) {
+  for (int64_t u = 0; u < num_units; u += 32) {
+    const __m512i a = _mm512_loadu_si512(units + u), b = _mm512_loadu_si512(units + u + 16);
+    _mm512_storeu_si512(units + u, _mm512_shuffle_i32x4(a, b, 0x88));
+    _mm512_storeu_si512(units + u + 16, _mm512_shuffle_i32x4(a, b, 0xDD));
+  }
+}
+#else
+inline void order_pairs(uint32_t*, int64_t) {}
+#endif
+
 inline void clear_units(uint32_t* units, int64_t elements, int64_t element_bytes,
                         int64_t num_units) {
   const int64_t used = elements * element_bytes;
@@ -133,17 +188,18 @@ inline void convert_weights(const int8_t* row, int64_t k, uint32_t* units, int64
     clear_units(units, k, 2, num_units);
   } else if constexpr (Unit::kElements == 2) {
     auto* pairs = reinterpret_cast<BFloat16*>(units);
-    int64_t j = 0;
-#if defined(__AVX512BF16__)
-    for (; j + 32 <= k; j += 32) {
-      const Lanes low = load_int8(row + j, 16), high = load_int8(row + j + 16, 16);
-      _mm512_storeu_si512(pairs + j, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v));
+#if defined(__AVX512VBMI__)
+    for (int64_t j = 0; j < num_units * 2; j += 64) {
+      const int64_t left = k - j;
+      const uint64_t used = left >= 64 ? ~uint64_t{0} : left > 0 ? (uint64_t{1} << left) - 1 : 0;
+      const WeightPairs both = weight_pairs(_mm512_maskz_loadu_epi8(used, row + j));
+      _mm512_storeu_si512(pairs + j, both.first);
+      _mm512_storeu_si512(pairs + j + 32, both.second);
     }
+#else
+    (void)pairs;
+    static_assert(Unit::kIsInteger, "pairs of bfloat16 come with tables of bytes");
 #endif
-    for_each_lanes(k - j, [&](int64_t i, int n) PYFAST_INLINE_LAMBDA {
-      load_int8(row + j + i, n).store(pairs + j + i, n);
-    });
-    clear_units(units, k, 2, num_units);
   } else {
     auto* floats = reinterpret_cast<float*>(units);
     for_each_lanes(k, [&](int64_t j, int n) PYFAST_INLINE_LAMBDA {
@@ -172,10 +228,35 @@ inline void spread_values(const int8_t* values, int64_t k, uint32_t* units, int6
   }
 }
 
-// Row `row` of x as units, zeros beyond; returns its scale. `values` holds k bytes.
+// What of x bfloat16 holds without rounding, which could make Inf of the largest; NaN and Inf stay.
+// The last term holds all that is left.
+template <int kTerms>
+PYFAST_ALWAYS_INLINE Lanes upper_half(Lanes x) {
+#if defined(__AMX_INT8__)
+  if constexpr (kTerms == 1) return x;
+  const __mmask16 is_number = _mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q);
+  const __m512i bits = _mm512_castps_si512(x.v), low = _mm512_set1_epi32(0xFFFF);
+  return {_mm512_castsi512_ps(_mm512_mask_andnot_epi32(bits, is_number, low, bits))};
+#else
+  return x;
+#endif
+}
+template <int kTerms>
+PYFAST_ALWAYS_INLINE Lanes rest_of(Lanes x, Lanes part) {
+#if defined(__AMX_INT8__)
+  const Lanes rest = x - part;  // NaN for Inf
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(rest.v, rest.v, _CMP_ORD_Q), rest.v)};
+#else
+  (void)part;
+  return x;
+#endif
+}
+
+// A row of x as num_units units for each term, zeros beyond; returns its scale. `values` holds k
+// bytes.
 template <typename Unit, bool kSigned, typename T>
-inline float convert_row(const Int8LinearParams& p, const T* x, int64_t row, int8_t* values,
-                         uint32_t* units, int64_t num_units) {
+inline float convert_row(const Int8LinearParams& p, const T* x, int8_t* values, uint32_t* units,
+                         int64_t num_units) {
   if constexpr (Unit::kIsInteger) {
     const ValueRange range = value_range<true>(x, p.smooth, p.k);
     const float given = p.input_scale == nullptr ? 0.0f : *p.input_scale;
@@ -184,11 +265,19 @@ inline float convert_row(const Int8LinearParams& p, const T* x, int64_t row, int
     spread_values<Unit, kSigned>(values, p.k, units, num_units);
     return scale;
   } else if constexpr (Unit::kElements == 2) {
-    auto* pairs = reinterpret_cast<BFloat16*>(units);
     for_each_lanes(p.k, [&](int64_t j, int n) PYFAST_INLINE_LAMBDA {
-      load_smoothed(x, p.smooth, j, n).store(pairs + j, n);
+      Lanes rest = load_smoothed(x, p.smooth, j, n);
+#pragma GCC unroll 3
+      for (int term = 0; term < Unit::kTerms; ++term) {
+        const Lanes part = upper_half<Unit::kTerms>(rest);
+        part.store(reinterpret_cast<BFloat16*>(units + term * num_units) + j, n);
+        rest = rest_of<Unit::kTerms>(rest, part);
+      }
     });
-    clear_units(units, p.k, 2, num_units);
+    for (int term = 0; term < Unit::kTerms; ++term) {
+      clear_units(units + term * num_units, p.k, 2, num_units);
+      order_pairs(units + term * num_units, num_units);
+    }
   } else {
     auto* floats = reinterpret_cast<float*>(units);
     for_each_lanes(p.k, [&](int64_t j, int n) PYFAST_INLINE_LAMBDA {
@@ -196,7 +285,6 @@ inline float convert_row(const Int8LinearParams& p, const T* x, int64_t row, int
     });
     clear_units(units, p.k, 4, num_units);
   }
-  (void)row;
   (void)values;
   return 1.0f;
 }

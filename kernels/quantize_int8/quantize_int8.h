@@ -1,8 +1,8 @@
-// Quantization to int8. A block is `block_size` consecutive elements of a row, the last of a row may
-// be shorter; it has one scale. The rule, to the bit on every backend (quantize_int8_reference.py):
-// everything in float32; v = x * smooth; scale = absmax / 127, or with a zero point
-// (max / 2 - min / 2) / 127.5 over the values and 0; 1 where that is 0; value = round(v / scale),
-// halves to even, clamped. A block with NaN or Inf: scale NaN, values 0.
+// Quantization to int8. A block is `block_size` consecutive elements of a row, the last of a row
+// may be shorter; it has one scale. The rule, to the bit on every backend
+// (quantize_int8_reference.py): everything in float32; v = x * smooth; scale = absmax / 127, or
+// with a zero point (max / 2 - min / 2) / 127.5 over the values and 0; 1 where that is 0; value =
+// round(v / scale), halves to even, clamped. A block with NaN or Inf: scale NaN, values 0.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 namespace pyfast {
 
 struct QuantizeInt8Params {
-  const void* x;        // [num_rows, row_size] of dtype
+  const void* x;          // [num_rows, row_size] of dtype
   const float* scale_in;  // null, one value, or one per block
   bool has_one_scale_in;
   const float* smooth;  // [row_size], or null

@@ -1,6 +1,6 @@
-// Two readings of a block, of which the second is from cache: its range, then its values. Blocks that
-// exceed a piece of 64K elements are cut: pieces find ranges first, then write. Bound by bytes (2 or
-// 4 read, 1 written), see quantize_row.h.
+// Two readings of a block, of which the second is from cache: its range, then its values. Blocks
+// that exceed a piece of 64K elements are cut: pieces find ranges first, then write. Bound by bytes
+// (2 or 4 read, 1 written), see quantize_row.h.
 #include "../common/parallel.h"
 #include "../common/workspace.h"
 #include "quantize_int8.h"
@@ -21,8 +21,7 @@ struct Block {
 Block block_at(const QuantizeInt8Params& p, int64_t index, int64_t per_row) {
   const int64_t column = index % per_row * p.block_size;
   const int64_t left = p.row_size - column;
-  return {index / per_row * p.row_size + column, column,
-          left < p.block_size ? left : p.block_size};
+  return {index / per_row * p.row_size + column, column, left < p.block_size ? left : p.block_size};
 }
 
 template <bool kSymmetric, typename T>
@@ -52,8 +51,7 @@ template <bool kSymmetric, typename T>
 void quantize(const T* /*type*/, const QuantizeInt8Params& params, int64_t num_threads) {
   const int64_t per_row = (params.row_size + params.block_size - 1) / params.block_size;
   const int64_t num_blocks = params.num_rows * per_row;
-  const int64_t longest =
-      params.block_size < params.row_size ? params.block_size : params.row_size;
+  const int64_t longest = params.block_size < params.row_size ? params.block_size : params.row_size;
   if (longest <= kPieceSize) {
     parallel_for(num_blocks, num_threads, [&](int64_t begin, int64_t end, int64_t) {
       const QuantizeInt8Params p = params;  // of its own: no store can change it
@@ -76,9 +74,9 @@ void quantize(const T* /*type*/, const QuantizeInt8Params& params, int64_t num_t
     for (int64_t piece = from; piece < to; ++piece) {
       const Block block = block_at(params, piece / per_block, per_row);
       const int64_t begin = piece % per_block * kPieceSize;
-      ranges[piece] = begin < block.size ? range_of<kSymmetric, T>(params, block, begin,
-                                                                   piece_end(block, begin))
-                                         : ValueRange{};
+      ranges[piece] = begin < block.size
+                          ? range_of<kSymmetric, T>(params, block, begin, piece_end(block, begin))
+                          : ValueRange{};
     }
   });
   parallel_for(num_pieces, num_threads, [&](int64_t from, int64_t to, int64_t) {

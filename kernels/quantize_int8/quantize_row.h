@@ -1,8 +1,9 @@
-// Rows to int8 values, by the rule of quantize_int8.h. A division takes 16 cycles a vector, all that
-// memory allows for the whole work; here quotients come from the reciprocal and two corrections by
-// fused multiply-add, which gives the correctly rounded quotient (Markstein 1990: an estimate within
-// an ulp, corrected with the exact remainder and the correctly rounded reciprocal). Where scales are
-// so small or large that a step may underflow or overflow, and without FMA, it is a division.
+// Rows to int8 values, by the rule of quantize_int8.h. A division takes 16 cycles a vector, all
+// that memory allows for the whole work; here quotients come from the reciprocal and two
+// corrections by fused multiply-add, which gives the correctly rounded quotient (Markstein 1990: an
+// estimate within an ulp, corrected with the exact remainder and the correctly rounded reciprocal).
+// Where scales are so small or large that a step may underflow or overflow, and without FMA, it is
+// a division.
 #pragma once
 
 #include "../common/lanes.h"
@@ -140,14 +141,12 @@ PYFAST_ALWAYS_INLINE float largest_of(Lanes a) {
   for (const float lane : lanes) most = lane > most ? lane : most;
   return most;
 }
-PYFAST_ALWAYS_INLINE float smallest_of(Lanes a) {
-  return -largest_of(Lanes::broadcast(0.0f) - a);
-}
+PYFAST_ALWAYS_INLINE float smallest_of(Lanes a) { return -largest_of(Lanes::broadcast(0.0f) - a); }
 #endif
 
 // What a stretch of values says about its scale.
 struct ValueRange {
-  uint32_t largest_bits = 0;  // of the magnitudes: from kInfinityBits on there is NaN or Inf
+  uint32_t largest_bits = 0;      // of the magnitudes: from kInfinityBits on there is NaN or Inf
   float low = 0.0f, high = 0.0f;  // at most, at least 0; for finite values alone
 
   void add(const ValueRange& other) {
@@ -198,9 +197,9 @@ inline int32_t zero_point_of(const ValueRange& range, float scale) {
   return static_cast<int32_t>(zero < -128.0f ? -128.0f : zero > 127.0f ? 127.0f : zero);
 }
 
-// values = round(x * smooth / scale), at most kMaxInt8 either way, or plus an offset with saturation;
-// with a scale of NaN they are 0. Where the scale is not that of the values, quotients may be large:
-// values are first cut to 128 of it.
+// values = round(x * smooth / scale), at most kMaxInt8 either way, or plus an offset with
+// saturation; with a scale of NaN they are 0. Where the scale is not that of the values, quotients
+// may be large: values are first cut to 128 of it.
 constexpr float kMaxInt8 = 127.0f, kNoLimit = 1024.0f;
 
 template <typename T>
