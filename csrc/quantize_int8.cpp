@@ -35,7 +35,8 @@ void quantize_int8(const Tensor& x, py::object scale_in, py::object smooth, cons
   params.num_rows = size / row_size;
   params.row_size = row_size;
   params.block_size = block_size < row_size ? block_size : row_size;
-  const int64_t num_scales = params.num_rows * ((row_size + block_size - 1) / block_size);
+  const int64_t num_scales =
+      params.num_rows * ((row_size + params.block_size - 1) / params.block_size);
   params.x = x.data();
   params.values = static_cast<int8_t*>(checked("values", values, x, dlpack::kInt, 8, size));
   params.scale = static_cast<float*>(checked("scale", scale, x, dlpack::kFloat, 32, num_scales));

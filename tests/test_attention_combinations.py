@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import random
 from typing import Any
@@ -212,10 +213,11 @@ CHIPS = {(8, 0): "large", (8, 6): "small", (9, 0): "hopper", (10, 0): "large", (
 @pytest.mark.parametrize("capability", CHIPS)
 def test_tiles_fit_the_chip(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = pytest.importorskip("pyfast.kernels.attention.attention_tiles")
-    monkeypatch.setattr(tiles, "_capability", lambda index: capability)
+    chips = importlib.import_module("pyfast.kernels.common.chips")
+    monkeypatch.setattr(chips, "_capability", lambda index: capability)
     device = torch.device("cuda", 0)
-    assert tiles.chip(device, torch.bfloat16) == CHIPS[capability]
-    assert tiles.chip(device, torch.float32) == "float32"
+    assert chips.chip(device, torch.bfloat16) == CHIPS[capability]
+    assert chips.chip(device, torch.float32) == "float32"
     fits = CHIPS[capability] != "small"
     assert tiles.can_differentiate(device, torch.float32, 256) == fits
     assert tiles.can_differentiate(device, torch.float32, 128)

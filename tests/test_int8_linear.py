@@ -174,10 +174,22 @@ def test_zero_rows_give_the_bias(backend: Backend, dtype: torch.dtype, weight_on
         assert not y[0].any() and not y[m // 2].any()
 
 
+def test_silu_of_large_values(backend: Backend) -> None:
+    """It vanishes on the left, to -Inf, where torch gives NaN."""
+    x = torch.tensor([[-torch.inf], [-3e38], [-1e38], [-100.0], [-88.0], [100.0], [3e38]])
+    one = torch.ones(33, 1, dtype=torch.int8, device=backend.device)
+    y = F.int8_linear(
+        x.to(backend.device), one, one[:, 0].float(), weight_only=True, activation="silu"
+    )
+    expected = torch_functional.silu(x.double()).float().expand(7, 33)
+    torch.testing.assert_close(y.cpu(), expected, rtol=1e-5, atol=1e-36, equal_nan=True)
+
+
 @MODES
 def test_empty(backend: Backend, weight_only: bool) -> None:
     """No row, no input feature (the bias, in every row), no output feature."""
-    for shape, n in (((0, 8), 5), ((3, 0), 5), ((2, 3, 0), 5), ((0,), 5), ((3, 8), 0), ((0, 0), 0)):
+    shapes = [((0, 8), 5), ((3, 0), 5), ((2, 3, 0), 5), ((0,), 5), ((3, 8), 0), ((0, 0), 0)]
+    for shape, n in (*shapes, ((9, 0), 128), ((40, 0), 300)):
         x = normal(*shape).to(backend.device)
         weight, scale = ints(n, shape[-1]).to(backend.device), torch.ones(n, device=backend.device)
         bias = normal(n).to(backend.device)

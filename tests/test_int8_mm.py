@@ -34,7 +34,9 @@ def test_any_size(backend: Backend, data: st.DataObject) -> None:
     check_mm(F.int8_mm, MATRICES[left](m, k), MATRICES[right](k, n), backend.device)
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0), (9, 0, 128), (40, 0, 300)], ids=str
+)
 def test_empty(backend: Backend, shape: tuple[int, int, int]) -> None:
     m, k, n = shape
     check_mm(F.int8_mm, ints(m, k), ints(k, n), backend.device)

@@ -18,11 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.chips import chip, num_multiprocessors
 from .attention_key_gradient_triton import key_value_gradient_kernel
 from .attention_mask_gradient_triton import mask_gradient_kernel
 from .attention_query_gradient_triton import query_gradient_kernel
 from .attention_tile_triton import load_rows
-from .attention_tiles import Tiles, chip, gradient_tiles, launch_fastest, num_multiprocessors
+from .attention_tiles import Tiles, gradient_tiles, launch_fastest
 from .attention_triton import kernel_arguments, strides
 
 

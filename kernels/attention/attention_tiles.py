@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..common.chips import has_large_memory
+
 
 class Tiles(NamedTuple):
     """``chunk``: how many columns are computed again at a time where NaN or Inf came out."""
@@ -73,39 +75,6 @@ BACKWARD = {
 }
 
 
-def chip(device: torch.device, dtype: torch.dtype) -> str:
-    """The row of the table that holds for a device."""
-    if device.type != "cuda":
-        return "interpreter"
-    if dtype == torch.float32:
-        return "float32"
-    capability = _capability(device.index if device.index is not None else -1)
-    if capability == (9, 0):
-        return "hopper"
-    return "large" if _has_large_memory(capability) else "small"
-
-
-def _has_large_memory(capability: tuple[int, int]) -> bool:
-    return capability == (8, 0) or capability[0] in (9, 10)
-
-
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(None if index < 0 else index)
-
-
-@functools.cache
-def _num_multiprocessors(index: int) -> int:
-    device = None if index < 0 else index
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def num_multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 8  # of the interpreter: enough that tests have several splits
-    return _num_multiprocessors(device.index if device.index is not None else -1)
-
-
 def _width(size: int) -> int:
     return max(64, size)
 
@@ -137,7 +106,7 @@ def can_differentiate(device: torch.device, dtype: torch.dtype, size: int) -> bo
     """Whether the gradients' tiles fit into shared memory."""
     if device.type != "cuda" or dtype != torch.float32 or size <= 128:
         return True
-    return _has_large_memory(_capability(device.index if device.index is not None else -1))
+    return has_large_memory(device)
 
 
 AUTOTUNE = os.environ.get("PYFAST_AUTOTUNE") == "1"

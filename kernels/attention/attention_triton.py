@@ -12,16 +12,15 @@ import torch
 import triton
 from torch import Tensor
 
+from ..common.chips import chip, num_multiprocessors
 from ..common.philox_triton import seed_argument
 from .attention_forward_triton import combine_kernel, forward_kernel
 from .attention_tile_triton import LOG2E
 from .attention_tiles import (
     Tiles,
-    chip,
     decode_tiles,
     forward_tiles,
     launch_fastest,
-    num_multiprocessors,
 )
 
 FAR = 1 << 30  # no bound

@@ -2,8 +2,8 @@
 // four tiles loaded, four products. Measured on Sapphire Rapids, nanoseconds a step: 25 for the
 // products alone, 39 with operands from L2, 45 with weights in rows of 4 KB, 100 with a panel whose
 // rows are 256 bytes apart. Weight-only, weights turn into bfloat16 on the way: for few columns
-// just before they are used, else once a block. x in float32 or float16 is the exact sum of three
-// or two bfloat16 values, which are multiplied one after the other.
+// just before they are used, else once a block. x in float32 or float16 is the sum of three or two
+// bfloat16 values, which are multiplied one after the other.
 #pragma once
 
 #include "int8_tile.h"

@@ -31,8 +31,9 @@ PYFAST_LANE_FUNCTION Lanes gelu_tanh(Lanes x) {
 }
 
 PYFAST_LANE_FUNCTION Lanes silu(Lanes x) {
-  const Lanes one = Lanes::broadcast(1.0f);
-  return quotient(x, one + power_of_two<kExactDegree>(x * Lanes::broadcast(-1.44269504f)));
+  const Lanes one = Lanes::broadcast(1.0f), zero = Lanes::broadcast(0.0f);
+  const Lanes e = power_of_two<kExactDegree>(magnitude(x) * Lanes::broadcast(-1.44269504f));
+  return quotient(select(less(x, zero), x * e, x), one + e);
 }
 
 PYFAST_ALWAYS_INLINE Lanes activate(Lanes x, Activation activation) {
@@ -55,7 +56,7 @@ PYFAST_ALWAYS_INLINE Lanes activate(Lanes x, Activation activation) {
 struct ColumnTerms {
   float scale[kMaxBlockColumns];
   float bias[kMaxBlockColumns];
-  int32_t excess[kMaxBlockColumns];  // of the integer sums; null if there is none
+  int32_t excess[kMaxBlockColumns];  // of the integer sums; 0 if there is none
 
   void load(const Int8LinearParams& p, int64_t first, int64_t count) {
     if (p.weight_scale != nullptr) {

@@ -107,6 +107,8 @@ struct Pass {
   static constexpr int64_t kPanel = PYFAST_ISA::kPanel<Unit>;
   static constexpr bool kUsesTiles = PYFAST_ISA::kUsesTiles<Unit>;
   static constexpr bool kSigned = kUsesTiles;
+  // Where there is one panel: weights are then converted just before they are used, and once.
+  static constexpr bool kConvertsLate = kUsesTiles && !Unit::kIsInteger;
 
   int64_t num_panels() const { return (rows + kPanel - 1) / kPanel; }
   int64_t vectors_of(int64_t panel) const {
@@ -138,7 +140,8 @@ struct Pass {
   }
 
   // What of the sums of unsigned bytes is too much: 128 times the sum of a row of weights.
-  void find_excess(const int8_t* weights, int64_t count, ColumnTerms* terms) const {
+  void find_excess([[maybe_unused]] const int8_t* weights, [[maybe_unused]] int64_t count,
+                   [[maybe_unused]] ColumnTerms* terms) const {
 #if defined(__AVX512VNNI__)
     if constexpr (Unit::kElements == 4 && !kSigned) {
       for (int64_t row = 0; row < count; ++row) {
@@ -154,9 +157,6 @@ struct Pass {
       }
     }
 #endif
-    (void)weights;
-    (void)count;
-    (void)terms;
   }
 
   // Whether the weights of a block can be multiplied where they lie.
@@ -185,10 +185,10 @@ struct Pass {
                                const uint32_t* x, float* sums, Ahead* ahead) const {
     for (int64_t row = 0; row < count; row += 32) {
       float* to = sums + row * kPanel;
-      if (left.data != nullptr) {
+      if (!kConvertsLate || num_panels() > 1) {
         const char* from = reinterpret_cast<const char*>(left.data + row * left.stride);
         multiply_tiles<Unit, kTwoColumns>(from, left.stride * 4, x, to, num_units, ahead);
-      } else if constexpr (!Unit::kIsInteger) {
+      } else if constexpr (kConvertsLate) {
         const int64_t left_rows = count - row < 32 ? count - row : 32;
         multiply_converted<Unit, kTwoColumns>(weights + row * p.k, p.k, left_rows, x, to,
                                               num_units);
@@ -202,11 +202,10 @@ struct Pass {
     const int64_t first = block * kBlockRows;
     const int64_t count = p.n - first < kBlockRows ? p.n - first : kBlockRows;
     const int8_t* weights = p.weight + first * p.k;
-    const bool converts_late = kUsesTiles && !Unit::kIsInteger && end_panel - first_panel == 1;
     LeftOperand left = {nullptr, 0};
     if (is_direct(count)) {
       left = {reinterpret_cast<const uint32_t*>(weights), p.k / 4};
-    } else if (!converts_late) {
+    } else if (!kConvertsLate || num_panels() > 1) {
       left = converted(weights, count, thread);
     }
     ColumnTerms terms = {};

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..attention.attention_tiles import chip, num_multiprocessors
+from ..common.chips import chip, num_multiprocessors
 
 
 class Tiles(NamedTuple):

@@ -5,7 +5,8 @@
 //   WordUnit   two of each, widened to int16, vpmaddwd: exact; (vpmaddubsw would saturate)
 //   FloatUnit  weight-only: one weight converted to float
 //   PairUnit   weight-only: two weights converted to bfloat16, which holds them exactly
-// With AMX, ByteUnit's x is int8 and nothing is too large.
+// In tiles of AMX, ByteUnit's x is int8 and nothing is too large. Instructions on bfloat16 take
+// subnormal values for 0.
 #pragma once
 
 #include "../common/product.h"
@@ -74,7 +75,8 @@ struct FloatWeightUnit : FloatUnit {
   static constexpr bool kIsInteger = false;
 };
 #if defined(__AVX512BF16__)
-// x is a sum of terms: one for bfloat16, two for float16, three for float32 hold it exactly.
+// x is a sum of terms: one for bfloat16, two for float16, three for float32 hold it exactly (down
+// to 1e-32, where terms become subnormal).
 template <int kNumTerms>
 struct PairWeightUnit : PairUnit {
   static constexpr int kTerms = kNumTerms;
@@ -198,7 +200,7 @@ inline void convert_weights(const int8_t* row, int64_t k, uint32_t* units, int64
     }
 #else
     (void)pairs;
-    static_assert(Unit::kIsInteger, "pairs of bfloat16 come with tables of bytes");
+    static_assert(Unit::kIsInteger, "this level has no pairs of bfloat16");
 #endif
   } else {
     auto* floats = reinterpret_cast<float*>(units);

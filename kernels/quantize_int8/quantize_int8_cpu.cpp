@@ -79,14 +79,16 @@ void quantize(const T* /*type*/, const QuantizeInt8Params& params, int64_t num_t
                           : ValueRange{};
     }
   });
+  for (int64_t piece = 0; piece < num_pieces; ++piece) {
+    ranges[piece / per_block * per_block].add(ranges[piece]);
+  }
   parallel_for(num_pieces, num_threads, [&](int64_t from, int64_t to, int64_t) {
     for (int64_t piece = from; piece < to; ++piece) {
       const int64_t index = piece / per_block, begin = piece % per_block * kPieceSize;
       const Block block = block_at(params, index, per_row);
       if (begin >= block.size) continue;
-      ValueRange range;
-      for (int64_t i = 0; i < per_block; ++i) range.add(ranges[index * per_block + i]);
-      write_block<kSymmetric, T>(params, index, block, range, begin, piece_end(block, begin));
+      write_block<kSymmetric, T>(params, index, block, ranges[index * per_block], begin,
+                                 piece_end(block, begin));
     }
   });
 }

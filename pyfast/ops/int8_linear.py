@@ -150,7 +150,7 @@ def int8_mm(a: Tensor, b: Tensor) -> Tensor:
         ValueError: for another dtype, shape, or two devices.
     """
     if has_torch_function((a, b)):
-        return handle_torch_function(int8_mm, (a, b), a, b)  # type: ignore[no-any-return]
+        return handle_torch_function(int8_mm, (a, b), a, b)
     if a.dtype != torch.int8 or b.dtype != torch.int8 or a.dim() != 2 or b.dim() != 2:
         raise ValueError(
             f"int8_mm: a and b must be int8 matrices, got {tuple(a.shape)} {a.dtype} and "
@@ -227,8 +227,9 @@ def int8_linear(
     Linear. By default the rows of x are quantized too (W8A8: :func:`quantize_int8`, one scale a
     row), and multiplied as integers: the sums are exact, and a row of the result depends on its own
     row of x alone, to the bit. With ``weight_only`` x stays as it is, and the weights are converted
-    on the way into the product: no error but that of the weights. x and bias get gradients, as if
-    x was not rounded; the weight gets none.
+    on the way into the product: no error but that of the weights (on processors with instructions
+    for bfloat16, values of x below 1e-32 lose bits, subnormal ones count as 0). x and bias get
+    gradients, as if x was not rounded; the weight gets none.
 
     A row of x with NaN or Inf gives a row of NaN when it is quantized; other rows are not touched.
     A row of zeros gives the bias. Nothing is packed or kept: weights may change between calls.
@@ -256,7 +257,7 @@ def int8_linear(
     """
     tensors = (x, weight, weight_scale, bias, input_scale, smooth)
     if has_torch_function(tensors):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             int8_linear,
             tensors,
             x,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..kernels.quantize_int8.quantize_int8_reference import quantize_int8_reference
-from ._native import contiguous, get_num_threads, native
+from ._native import contiguous, empty, get_num_threads, native
 from ._op import Op, is_eager
 
 GRANULARITIES = ("row", "tensor", "channel", "block")
@@ -19,7 +19,7 @@ def _native_kernel(
     x: Tensor, scale: Tensor | None, smooth: Tensor | None, block_size: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, scale, smooth = contiguous(x, scale, smooth)
-    values = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    values = empty(tuple(x.shape), torch.empty(0, dtype=torch.int8, device=x.device))
     shape = (*x.shape[:-1], -(-x.shape[-1] // block_size))
     new_scale = torch.empty(shape, dtype=torch.float32, device=x.device)
     zero_point = torch.empty(0 if symmetric else shape, dtype=torch.int32, device=x.device)
@@ -167,7 +167,7 @@ def quantize_int8(
             positive and finite.
     """
     if has_torch_function((x,)):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             quantize_int8,
             (x,),
             x,
@@ -205,7 +205,7 @@ def _quantize(
             new_scale = scale.reshape(shape) if scale.shape == shape else new_scale * scale
         result = (torch.empty(x.shape, dtype=torch.int8, device=x.device), new_scale)
         return result if symmetric else (*result, torch.zeros_like(new_scale, dtype=torch.int32))
-    size = block_size or rows.shape[-1]
+    size = min(block_size or rows.shape[-1], rows.shape[-1])
     values, new_scale, zero_point = quantize_int8_op(rows, scale, None, size, symmetric)
     if granularity == "channel":
         others = [s for d, s in enumerate(x.shape) if d != dim % x.dim()]
