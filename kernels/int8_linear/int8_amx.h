@@ -98,21 +98,38 @@ PYFAST_ALWAYS_INLINE void store_tiles(float* sums) {
 }
 
 // 32 rows of units, a multiple of 16 of them, by a panel of one or two vectors. A panel has a part
-// for each term of x.
+// for each term of x. Products of float32 are summed up in parts of 1,024, which are added then:
+// one long sum would lose more bits than torch's does.
 template <typename Unit, bool kTwoColumns>
 inline __attribute__((noinline)) void multiply_tiles(const char* weights, int64_t stride,
                                                      const uint32_t* panel, float* sums,
                                                      int64_t num_units, Ahead* ahead) {
   Ahead next = *ahead;
-  zero_tiles();
-  for (int term = 0; term < Unit::kTerms; ++term) {
-    for (int64_t u = 0; u < num_units; u += 16) {
-      tile_step<Unit, kTwoColumns>(weights + u * 4, stride, panel + u * kPanel<Unit>);
-      next.step();
+  const int64_t most = Unit::kTerms == 1 ? num_units : 512;
+  alignas(64) float part[32 * kPanel<Unit>];
+  int64_t first = 0;
+  do {
+    const int64_t end = first + most < num_units ? first + most : num_units;
+    zero_tiles();
+    for (int term = 0; term < Unit::kTerms; ++term) {
+      const uint32_t* columns = panel + term * num_units * kPanel<Unit>;
+      for (int64_t u = first; u < end; u += 16) {
+        tile_step<Unit, kTwoColumns>(weights + u * 4, stride, columns + u * kPanel<Unit>);
+        next.step();
+      }
     }
-    panel += num_units * kPanel<Unit>;
-  }
-  store_tiles<Unit, kTwoColumns>(sums);
+    store_tiles<Unit, kTwoColumns>(first == 0 ? sums : part);
+    if (first > 0) {
+      for (int row = 0; row < 32; ++row) {
+        for (int vector = 0; vector < (kTwoColumns ? 2 : 1); ++vector) {
+          float* to = sums + row * kPanel<Unit> + vector * kLanes;
+          const float* from = part + row * kPanel<Unit> + vector * kLanes;
+          (Lanes::load(to) + Lanes::load(from)).store(to);
+        }
+      }
+    }
+    first = end;
+  } while (first < num_units);
   *ahead = next;
 }
 

@@ -52,6 +52,11 @@ PYFAST_ALWAYS_INLINE Lanes corrected_quotient(Lanes a, Lanes b, Lanes inverse) {
   q = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, b.v, a.v), inverse.v, q);
   return {q};
 }
+// The values of symmetric quantization by their own scale: they are within -127..127.
+PYFAST_ALWAYS_INLINE void store_int8(Lanes q, int8_t* to) {
+  const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(q.v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+}
 // round(clamp(q)) + offset, halves to even, saturated to -128..127; n values are stored.
 PYFAST_ALWAYS_INLINE void store_int8(Lanes q, float limit, int32_t offset, int8_t* to, int n) {
   const __m512 bound = _mm512_set1_ps(limit);
@@ -156,8 +161,48 @@ struct ValueRange {
   }
 };
 
+#if defined(__AVX512F__)
+// The largest magnitude of bfloat16 values, 32 at a time, as bits of a float.
+inline uint32_t largest_bits_of(const BFloat16* x, int64_t size) {
+  const __m512i mask = _mm512_set1_epi16(0x7FFF);
+  __m512i most[4] = {};
+  int64_t j = 0;
+  for (; j + 128 <= size; j += 128) {
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; ++part) {
+      const __m512i bits = _mm512_loadu_si512(x + j + part * 32);
+      most[part] = _mm512_max_epu16(most[part], _mm512_and_si512(bits, mask));
+    }
+  }
+  for (; j < size; j += 32) {
+    const uint32_t used = size - j < 32 ? (uint32_t{1} << (size - j)) - 1 : ~uint32_t{0};
+    const __m512i bits = _mm512_maskz_loadu_epi16(used, x + j);
+    most[0] = _mm512_max_epu16(most[0], _mm512_and_si512(bits, mask));
+  }
+  most[0] =
+      _mm512_max_epu16(_mm512_max_epu16(most[0], most[1]), _mm512_max_epu16(most[2], most[3]));
+  const __m512i even = _mm512_slli_epi32(most[0], 16);
+  const __m512i odd = _mm512_and_si512(most[0], _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)));
+  return _mm512_reduce_max_epu32(_mm512_max_epu32(even, odd));
+}
+template <typename T>
+constexpr bool kHasLargestBits = false;
+template <>
+constexpr bool kHasLargestBits<BFloat16> = true;
+#else
+template <typename T>
+constexpr bool kHasLargestBits = false;
+#endif
+
 template <bool kSymmetric, typename T>
 inline ValueRange value_range(const T* x, const float* smooth, int64_t size) {
+  if constexpr (kSymmetric && kHasLargestBits<T>) {
+    if (smooth == nullptr) {
+      ValueRange range;
+      range.largest_bits = largest_bits_of(x, size);
+      return range;
+    }
+  }
   MaxBits most[4];
   Lanes low = Lanes::broadcast(0.0f), high = low;
   int64_t j = 0;
@@ -220,6 +265,14 @@ inline void quantize_values(const T* x, const float* smooth, float scale, bool i
     store_int8(q, limit, offset, values + j, n);
   };
   int64_t j = 0;
+#if defined(__AVX512F__)
+  if (!is_given && !is_extreme && limit == kMaxInt8) {
+    for (; j + kLanes <= size; j += kLanes) {
+      const Lanes value = load_smoothed(x, smooth, j, kLanes);
+      store_int8(corrected_quotient(value, divisor, inverse), values + j);
+    }
+  }
+#endif
   for (; j + kLanes <= size; j += kLanes) write(j, kLanes);
   if (j < size) write(j, static_cast<int>(size - j));
 }
