@@ -268,6 +268,7 @@ inline void quantize_values(const T* x, const float* smooth, float scale, bool i
 #if defined(__AVX512F__)
   if (!is_given && !is_extreme && limit == kMaxInt8) {
     for (; j + kLanes <= size; j += kLanes) {
+      __builtin_prefetch(x + j + size, 0, 2);  // the next row: memory would rest otherwise
       const Lanes value = load_smoothed(x, smooth, j, kLanes);
       store_int8(corrected_quotient(value, divisor, inverse), values + j);
     }
