@@ -134,8 +134,7 @@ struct Pass {
     constexpr int64_t kVectors = kPanel / kLanes;
     uint32_t* panel = panels + group / kVectors * row_units * kPanel + group % kVectors * kLanes;
     for (int64_t u = 0; u < row_units; u += kLanes) {
-      transpose_lanes(reinterpret_cast<const float*>(units) + u, row_units,
-                      reinterpret_cast<float*>(panel) + u * kPanel, kPanel);
+      transpose_block(units + u, row_units, panel + u * kPanel, kPanel);
     }
   }
 
@@ -235,8 +234,10 @@ struct Pass {
 #endif
       for (int64_t row = 0; row < count; row += kLanes) {
         for (int64_t vector = 0; vector < vectors; ++vector) {
-          transpose_lanes(sums + row * kPanel + vector * kLanes, kPanel,
-                          turned + vector * kLanes * kBlockRows + row, kBlockRows);
+          const float* from = sums + row * kPanel + vector * kLanes;
+          float* to = turned + vector * kLanes * kBlockRows + row;
+          transpose_block(reinterpret_cast<const uint32_t*>(from), kPanel,
+                          reinterpret_cast<uint32_t*>(to), kBlockRows);
         }
       }
       const int64_t begin = panel * kPanel;

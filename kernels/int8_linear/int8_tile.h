@@ -5,6 +5,7 @@
 // Panels of 64 rows by 4,096 bytes stay in L2, the weights of a strip of 6 rows in L1.
 #pragma once
 
+#include "../common/transpose.h"
 #include "int8_units.h"
 
 namespace pyfast::PYFAST_ISA {
@@ -115,44 +116,6 @@ inline void multiply_block(LeftOperand weights, const uint32_t* panel, float* su
     multiply<Unit, false>(weights, right, product, rows, vectors,
                           [&](int64_t, int64_t) { return Extent{0, vectors, first, end}; });
   }
-}
-
-// to[column][row] = from[row][column], kLanes by kLanes.
-PYFAST_ALWAYS_INLINE void transpose_lanes(const float* from, int64_t from_stride, float* to,
-                                          int64_t to_stride) {
-#if defined(__AVX512F__)
-  __m512i r[16], t[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * from_stride);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    _mm512_storeu_si512(to + i * to_stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-    _mm512_storeu_si512(to + (i + 8) * to_stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD));
-  }
-#else
-  for (int i = 0; i < kLanes; ++i) {
-    for (int j = 0; j < kLanes; ++j) to[j * to_stride + i] = from[i * from_stride + j];
-  }
-#endif
 }
 
 }  // namespace pyfast::PYFAST_ISA
