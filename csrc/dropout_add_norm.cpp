@@ -20,26 +20,37 @@ void* aligned(char* pointer) {
 }
 
 void dropout_add_norm(const Tensor& x, py::object residual, py::object weight, py::object bias,
-                      const Tensor& y, py::object z, py::object mean, py::object rstd,
-                      py::object seed, int64_t threshold, int64_t stream, double scale, double eps,
-                      bool rms, int64_t num_columns, int num_threads) {
+                      py::object y, py::object z, py::object mean, py::object rstd,
+                      py::object values, py::object value_scale, py::object seed, int64_t threshold,
+                      int64_t stream, double scale, double eps, bool rms, int64_t num_columns,
+                      int num_threads) {
   const char* name = "dropout_add_norm";
   DropoutAddNormParams params = {};
   params.dtype = x.dtype("dropout_add_norm: x");
   if (x.num_elements() == 0) return;
   Operands operands(name, x, params.dtype, num_columns);
-  Tensor held[6];
+  Tensor held[9];
   params.num_rows = operands.num_rows();
   params.x = operands.matrix("x", x);
   params.residual = operands.matrix("residual", residual, &held[0]);
   params.weight = operands.vector("weight", weight, &held[1], num_columns);
   params.bias = operands.vector("bias", bias, &held[2], num_columns);
-  params.y = operands.matrix("y", y);
+  params.y = operands.matrix("y", y, &held[6]);
   params.z = operands.matrix("z", z, &held[3]);
   params.mean = operands.vector("mean", mean, &held[4], params.num_rows);
   params.rstd = operands.vector("rstd", rstd, &held[5], params.num_rows);
   if (params.rstd == nullptr || (params.mean == nullptr && !rms)) {
     throw py::value_error("dropout_add_norm: rstd is needed, and mean unless rms");
+  }
+  params.values = static_cast<int8_t*>(
+      operands.typed("values", values, &held[7], dlpack::kInt, 8, x.num_elements()));
+  params.value_scale = static_cast<float*>(
+      operands.typed("value_scale", value_scale, &held[8], dlpack::kFloat, 32, params.num_rows));
+  if ((params.values == nullptr) != (params.value_scale == nullptr) ||
+      (params.y == nullptr && (params.values == nullptr || params.z == nullptr))) {
+    throw py::value_error(
+        "dropout_add_norm: values go with value_scale, and y is needed unless there are z and "
+        "values");
   }
   Tensor seed_tensor;
   params.seed = seed_from(seed, &seed_tensor, x);

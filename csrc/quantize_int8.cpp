@@ -7,17 +7,6 @@
 namespace pyfast {
 namespace {
 
-void* checked(const char* argument, const Tensor& tensor, const Tensor& like, uint8_t code,
-              int bits, int64_t size) {
-  require_same_device("quantize_int8", argument, tensor, like);
-  if (!tensor.has_type(code, bits) || tensor.num_elements() != size || !tensor.is_contiguous()) {
-    throw py::value_error(std::string("quantize_int8: ") + argument + " must hold " +
-                          std::to_string(size) + " contiguous elements of " + std::to_string(bits) +
-                          " bits, got " + tensor.describe());
-  }
-  return tensor.data();
-}
-
 void quantize_int8(const Tensor& x, py::object scale_in, py::object smooth, const Tensor& values,
                    const Tensor& scale, const Tensor& zero_point, int64_t row_size,
                    int64_t block_size, int num_threads) {
@@ -38,23 +27,26 @@ void quantize_int8(const Tensor& x, py::object scale_in, py::object smooth, cons
   const int64_t num_scales =
       params.num_rows * ((row_size + params.block_size - 1) / params.block_size);
   params.x = x.data();
-  params.values = static_cast<int8_t*>(checked("values", values, x, dlpack::kInt, 8, size));
-  params.scale = static_cast<float*>(checked("scale", scale, x, dlpack::kFloat, 32, num_scales));
+  params.values =
+      static_cast<int8_t*>(typed_data(name, "values", values, x, dlpack::kInt, 8, size));
+  params.scale =
+      static_cast<float*>(typed_data(name, "scale", scale, x, dlpack::kFloat, 32, num_scales));
   if (zero_point.num_elements() > 0) {
-    params.zero_point =
-        static_cast<int32_t*>(checked("zero_point", zero_point, x, dlpack::kInt, 32, num_scales));
+    params.zero_point = static_cast<int32_t*>(
+        typed_data(name, "zero_point", zero_point, x, dlpack::kInt, 32, num_scales));
   }
   Tensor scale_tensor, smooth_tensor;
   if (!scale_in.is_none()) {
     if (!scale_tensor.assign(scale_in)) throw py::type_error("quantize_int8: scale: no tensor");
     params.has_one_scale_in = scale_tensor.num_elements() == 1;
-    params.scale_in = static_cast<const float*>(checked(
-        "scale", scale_tensor, x, dlpack::kFloat, 32, params.has_one_scale_in ? 1 : num_scales));
+    params.scale_in =
+        static_cast<const float*>(typed_data(name, "scale", scale_tensor, x, dlpack::kFloat, 32,
+                                             params.has_one_scale_in ? 1 : num_scales));
   }
   if (!smooth.is_none()) {
     if (!smooth_tensor.assign(smooth)) throw py::type_error("quantize_int8: smooth: no tensor");
     params.smooth = static_cast<const float*>(
-        checked("smooth", smooth_tensor, x, dlpack::kFloat, 32, row_size));
+        typed_data(name, "smooth", smooth_tensor, x, dlpack::kFloat, 32, row_size));
   }
   run_kernel(name, x, params, num_threads, quantize_int8_cpu_table, quantize_int8_cuda);
 }

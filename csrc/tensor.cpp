@@ -215,6 +215,17 @@ void require_same_device(const char* function, const char* argument, const Tenso
                         " must be on one device with the input, got " + tensor.describe());
 }
 
+void* typed_data(const char* function, const char* argument, const Tensor& tensor,
+                 const Tensor& like, uint8_t code, int bits, int64_t size) {
+  require_same_device(function, argument, tensor, like);
+  if (!tensor.has_type(code, bits) || tensor.num_elements() != size || !tensor.is_contiguous()) {
+    throw py::value_error(std::string(function) + ": " + argument + " must hold " +
+                          std::to_string(size) + " contiguous elements of " + std::to_string(bits) +
+                          " bits, got " + tensor.describe());
+  }
+  return tensor.data();
+}
+
 Operands::Operands(const char* function, const Tensor& like, DType dtype, int64_t num_columns)
     : function_(function),
       like_(like),
@@ -242,6 +253,13 @@ void* Operands::vector(const char* argument, py::handle object, Tensor* holder,
   if (object.is_none()) return nullptr;
   if (!holder->assign(object)) throw py::type_error(std::string(argument) + " must be a tensor");
   return checked(argument, *holder, compute_dtype_, size);
+}
+
+void* Operands::typed(const char* argument, py::handle object, Tensor* holder, uint8_t code,
+                      int bits, int64_t size) const {
+  if (object.is_none()) return nullptr;
+  if (!holder->assign(object)) throw py::type_error(std::string(argument) + " must be a tensor");
+  return typed_data(function_, argument, *holder, like_, code, bits, size);
 }
 
 void* Operands::checked(const char* argument, const Tensor& tensor, DType dtype,

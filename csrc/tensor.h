@@ -98,9 +98,14 @@ void require_same_shape(const char* function, const char* argument, const Tensor
 void require_same_device(const char* function, const char* argument, const Tensor& tensor,
                          const Tensor& like);
 
+// The data of a contiguous tensor of `size` elements of a type (dlpack.h), on the device of `like`.
+void* typed_data(const char* function, const char* argument, const Tensor& tensor,
+                 const Tensor& like, uint8_t code, int bits, int64_t size);
+
 // The operands of an op over the rows of a contiguous matrix `like` of num_columns columns, checked
 // as they are asked for: matrices have its number of elements and its dtype, vectors the dtype that
-// it is computed in. An object may be None, which gives null; `holder` keeps its view alive.
+// it is computed in, `typed` what is asked for. An object may be None, which gives null; `holder`
+// keeps its view alive.
 class Operands {
  public:
   Operands(const char* function, const Tensor& like, DType dtype, int64_t num_columns);
@@ -108,6 +113,8 @@ class Operands {
   void* matrix(const char* argument, const Tensor& tensor) const;
   void* matrix(const char* argument, py::handle object, Tensor* holder) const;
   void* vector(const char* argument, py::handle object, Tensor* holder, int64_t size) const;
+  void* typed(const char* argument, py::handle object, Tensor* holder, uint8_t code, int bits,
+              int64_t size) const;
 
  private:
   void* checked(const char* argument, const Tensor& tensor, DType dtype, int64_t size) const;

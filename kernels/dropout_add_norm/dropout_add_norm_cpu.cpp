@@ -3,9 +3,11 @@
 // loop, in the order of the addresses: memory is then busy all the time, and the processor's own
 // prefetching keeps up. Apart, or with the sums of a row taken from memory (whose order jumps by
 // 256 elements), the passes took twice as long; prefetch instructions did not help. Bound by bytes:
-// x, residual, z and y forward, grad_y, z, grad_x and grad_residual backward.
+// x, residual, z and y forward, grad_y, z, grad_x and grad_residual backward. A row of y that is
+// quantized waits for its scale in L1.
 #include "../common/column_sum.h"
 #include "../common/parallel.h"
+#include "../common/quantize_row.h"
 #include "../common/row_blocks.h"
 #include "dropout_add_norm.h"
 
@@ -62,11 +64,11 @@ inline C sum_of_slots(const C* slots, int64_t num_slots) {
 template <typename C>
 inline C* workspace_of(void* all, int64_t thread, int64_t num_columns) {
   char* mine = static_cast<char*>(all) + thread * workspace_bytes(num_columns);
-  memset(mine, 0, static_cast<size_t>(workspace_bytes(num_columns)));
+  memset(mine, 0, static_cast<size_t>(sums_bytes(num_columns)));
   return reinterpret_cast<C*>(mine);
 }
 
-template <typename T>
+template <bool kQuantizes, typename T>
 void forward(const T* /*type*/, const DropoutAddNormParams& params, int num_threads) {
   const int64_t threads = useful_threads(params.num_rows * params.num_columns, num_threads);
   auto work = [&](int64_t begin, int64_t end, int64_t thread) {
@@ -78,10 +80,11 @@ void forward(const T* /*type*/, const DropoutAddNormParams& params, int num_thre
     const V scale = V::broadcast(static_cast<C>(p.scale)), zero = V::broadcast(0);
     const C* const weight = static_cast<const C*>(p.weight);
     const C* const bias = static_cast<const C*>(p.bias);
-    const bool stream = streams(static_cast<T*>(p.y), p.num_rows, n, 4);
+    const bool stream = streams(static_cast<T*>(p.y ? p.y : p.z), p.num_rows, n, 4);
     const int64_t num_slots = 256 * row_warps(n);
     C* const square_slots = workspace_of<C>(p.workspace, thread, n);
     C* const kept = square_slots + num_slots;
+    T* const rounded = reinterpret_cast<T*>(reinterpret_cast<char*>(square_slots) + sums_bytes(n));
     C* const slots = n > num_slots ? kept + n : kept;
     const int64_t row_begin = begin * kChunkRows;
     const int64_t row_end = end * kChunkRows < p.num_rows ? end * kChunkRows : p.num_rows;
@@ -90,11 +93,15 @@ void forward(const T* /*type*/, const DropoutAddNormParams& params, int num_thre
       const T* x = static_cast<const T*>(p.x) + row * n;
       const T* residual = p.residual ? static_cast<const T*>(p.residual) + row * n : nullptr;
       T* z = p.z ? static_cast<T*>(p.z) + row * n : nullptr;
-      T* y = static_cast<T*>(p.y) + (row - 1) * n;
+      T* y = p.y ? static_cast<T*>(p.y) + (row - 1) * n : nullptr;
       auto second_pass = [&](int64_t j, int lanes) PYFAST_INLINE_LAMBDA {
         V value = (load_lanes<V>(kept + j, lanes) - center) * factor;
         if (weight != nullptr) value = value * load_lanes<V>(weight + j, lanes);
         if (bias != nullptr) value = value + load_lanes<V>(bias + j, lanes);
+        if constexpr (kQuantizes) {
+          store_lanes(value, rounded + j, lanes, false);
+          if (y == nullptr) return;
+        }
         store_lanes(value, y + j, lanes, stream);
       };
       for_each_block(rule, row, n,
@@ -112,6 +119,12 @@ void forward(const T* /*type*/, const DropoutAddNormParams& params, int num_thre
                          if (slots != kept) add_to_slot(value, slots, num_slots, j, lanes);
                        });
                      });
+      if (kQuantizes && row > row_begin) {
+        const float value_scale = scale_of<true>(value_range<true>(rounded, nullptr, n), 0.0f);
+        p.value_scale[row - 1] = value_scale;
+        quantize_values(rounded, nullptr, value_scale, false, kMaxInt8, 0, p.values + (row - 1) * n,
+                        n);
+      }
       if (row == row_end) break;
       C mean = 0;
       if (!p.rms) {
@@ -221,7 +234,13 @@ void backward(const T* /*type*/, const DropoutAddNormBackwardParams& params, int
 }  // namespace
 
 void dropout_add_norm_cpu(const DropoutAddNormParams& params, int num_threads) {
-  dispatch_dtype(params.dtype, [&](auto* type) { forward(type, params, num_threads); });
+  dispatch_dtype(params.dtype, [&](auto* type) {
+    if (params.values == nullptr) {
+      forward<false>(type, params, num_threads);
+    } else {
+      forward<true>(type, params, num_threads);
+    }
+  });
 }
 
 void dropout_add_norm_backward_cpu(const DropoutAddNormBackwardParams& params, int num_threads) {

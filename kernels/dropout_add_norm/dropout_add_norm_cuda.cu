@@ -5,6 +5,7 @@
 #include "../common/column_sum.h"
 #include "../common/launch.cuh"
 #include "../common/philox.h"
+#include "../common/quantize.cuh"
 #include "dropout_add_norm.h"
 
 namespace pyfast::PYFAST_ISA {
@@ -71,6 +72,22 @@ __device__ __forceinline__ C block_sum(C (&v)[8], int warps) {
   return result;
 }
 
+// The largest of a block's numbers, in every thread. Every thread of the block calls it.
+__device__ __forceinline__ uint32_t block_max(uint32_t value) {
+  __shared__ uint32_t warps[kMaxWarps];
+#pragma unroll
+  for (unsigned offset = 16; offset > 0; offset /= 2) {
+    const uint32_t other = __shfl_xor_sync(kAllLanes, value, offset);
+    value = other > value ? other : value;
+  }
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) {
+    value = warps[warp] > value ? warps[warp] : value;
+  }
+  return value;
+}
+
 // Calls f(pass, column, count) for the passes of this thread; pass is 0 where none is in registers.
 template <int kPasses, typename F>
 __device__ __forceinline__ void for_each_pass(int64_t num_columns, const F& f) {
@@ -97,7 +114,7 @@ __global__ void forward_kernel(DropoutAddNormParams p, bool aligned) {
   const int warps = static_cast<int>(blockDim.x / 32);
   const uint64_t seed = seed_value(p.seed);
   const C scale = static_cast<C>(p.scale), size = static_cast<C>(n);
-  T* y = static_cast<T*>(p.y) + row * n;
+  T* y = p.y != nullptr ? static_cast<T*>(p.y) + row * n : nullptr;
   T* z = p.z != nullptr ? static_cast<T*>(p.z) + row * n : nullptr;
   T* kept = z != nullptr ? z : y;  // where wide rows find their z again
   C cache[kPasses > 0 ? kPasses : 1][8];
@@ -146,9 +163,9 @@ __global__ void forward_kernel(DropoutAddNormParams p, bool aligned) {
   const C variance = block_sum(sum, warps) / size;
   const C rstd = C{1} / square_root(variance + static_cast<C>(p.eps));
   if (threadIdx.x == 0) static_cast<C*>(p.rstd)[row] = rstd;
-  for_each_pass<kPasses>(n, [&](int pass, int64_t column, int count) {
+  auto normalise = [&](int pass, int64_t column, int count, C(&out)[8]) {
     if (kPasses == 0) load8(kept + column, count, aligned, cache[0]);
-    C weight[8], bias[8], out[8];
+    C weight[8], bias[8];
     if (p.weight != nullptr)
       load8(static_cast<const C*>(p.weight) + column, count, aligned, weight);
     if (p.bias != nullptr) load8(static_cast<const C*>(p.bias) + column, count, aligned, bias);
@@ -158,7 +175,49 @@ __global__ void forward_kernel(DropoutAddNormParams p, bool aligned) {
       if (p.weight != nullptr) out[e] = out[e] * weight[e];
       if (p.bias != nullptr) out[e] = out[e] + bias[e];
     }
-    store8(out, y + column, count, aligned);
+  };
+  if (p.values == nullptr) {
+    for_each_pass<kPasses>(n, [&](int pass, int64_t column, int count) {
+      C out[8];
+      normalise(pass, column, count, out);
+      store8(out, y + column, count, aligned);
+    });
+    return;
+  }
+  // y as it is rounded; the largest magnitude is found first, and what is held normalised twice.
+  auto rounded = [&](int pass, int64_t column, int count, C(&out)[8], float (&value)[8]) {
+    normalise(pass, column, count, out);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      T stored;
+      from_float(out[e], &stored);
+      value[e] = static_cast<float>(to_float(stored));
+    }
+  };
+  uint32_t largest = 0;
+  for_each_pass<kPasses>(n, [&](int pass, int64_t column, int count) {
+    C out[8];
+    float value[8];
+    rounded(pass, column, count, out, value);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const uint32_t magnitude = float_to_bits(value[e]) & 0x7FFFFFFFu;
+      if (e < count && magnitude > largest) largest = magnitude;
+    }
+  });
+  largest = block_max(largest);
+  const float absmax = bits_to_float(largest);
+  const float value_scale = largest >= kInfinity      ? bits_to_float(kNaN)
+                            : absmax / 127.0f == 0.0f ? 1.0f
+                                                      : absmax / 127.0f;
+  if (threadIdx.x == 0) p.value_scale[row] = value_scale;
+  const Step step = with_inverse(value_scale, 0.0f);
+  for_each_pass<kPasses>(n, [&](int pass, int64_t column, int count) {
+    C out[8];
+    float value[8];
+    rounded(pass, column, count, out, value);
+    if (p.y != nullptr) store8(out, y + column, count, aligned);
+    store_int8(step, value, p.values + row * n + column, -127.0f, count, aligned);
   });
 }
 
@@ -271,7 +330,7 @@ const char* forward(const T* /*type*/, const DropoutAddNormParams& p, void* stre
   const int threads = 32 * row_warps(p.num_columns);
   const bool aligned = p.num_columns % 8 == 0 && is_aligned16(p.x) && is_aligned16(p.residual) &&
                        is_aligned16(p.weight) && is_aligned16(p.bias) && is_aligned16(p.y) &&
-                       is_aligned16(p.z);
+                       is_aligned16(p.z) && is_aligned16(p.values);
   auto* kernel = p.num_columns <= threads * 8    ? forward_kernel<T, 1>
                  : p.num_columns <= threads * 16 ? forward_kernel<T, 2>
                                                  : forward_kernel<T, 0>;

@@ -3,10 +3,13 @@ backend."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..dropout.dropout_reference import dropout_reference
+from ..quantize_int8.quantize_int8_reference import quantize_int8_reference
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -53,6 +56,17 @@ def dropout_add_norm_reference(
         mean.new_empty(0) if rms else mean.reshape(-1),
         rstd.reshape(-1),
     )
+
+
+def dropout_add_norm_int8_reference(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``(values, scale, sum)``: y of ``dropout_add_norm_reference`` quantized, int8 (..., n) and
+    float32 (...), and z with ``keep_z``, y without."""
+    y, z, _, _ = dropout_add_norm_reference(x, *arguments)
+    kept = z if arguments[-1] else y
+    if x.numel() == 0:
+        return y.to(torch.int8), y.new_ones(y.shape[:-1], dtype=torch.float32), kept
+    values, scale, _ = quantize_int8_reference(y, None, None, y.shape[-1], True)
+    return values, scale.squeeze(-1), kept
 
 
 def norm_gradients(

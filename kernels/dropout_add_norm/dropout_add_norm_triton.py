@@ -3,12 +3,15 @@ another and adds up the weight and bias gradients; torch adds the chunks. Bound 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..common.philox_triton import load_seed, row_bits, seed_argument
+from ..quantize_int8.quantize_int8_triton import quantized, step_of
 
 CHUNK_ROWS = 32
 
@@ -23,6 +26,8 @@ def forward_kernel(
     z_pointer,
     mean_pointer,
     rstd_pointer,
+    values_pointer,
+    value_scale_pointer,
     seed,
     num_columns,
     threshold,
@@ -33,7 +38,9 @@ def forward_kernel(
     HAS_RESIDUAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    KEEP_Y: tl.constexpr,
     KEEP_Z: tl.constexpr,
+    QUANTIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
     SEED_IS_POINTER: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -47,7 +54,8 @@ def forward_kernel(
     z = tl.where(bits.to(tl.int32) >= threshold, x * scale, 0.0)
     if HAS_RESIDUAL:
         z = tl.load(residual_pointer + offset, mask=inside, other=0.0).to(tl.float32) + z
-    stored = z.to(y_pointer.dtype.element_ty)
+    element_type = y_pointer.dtype.element_ty
+    stored = z.to(element_type)
     if KEEP_Z:
         tl.store(z_pointer + offset, stored, mask=inside)
     z = tl.where(inside, stored.to(tl.float32), 0.0)
@@ -64,7 +72,19 @@ def forward_kernel(
         y = y * tl.load(weight_pointer + column, mask=inside, other=0.0)
     if HAS_BIAS:
         y = y + tl.load(bias_pointer + column, mask=inside, other=0.0)
-    tl.store(y_pointer + offset, y.to(y_pointer.dtype.element_ty), mask=inside)
+    rounded = y.to(element_type)
+    if KEEP_Y:
+        tl.store(y_pointer + offset, rounded, mask=inside)
+    if QUANTIZE:
+        value = tl.where(inside, rounded.to(tl.float32), 0.0)
+        largest = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+        value_scale, zero, is_finite = step_of(
+            value_scale_pointer, 0, largest, largest, None, 0, True
+        )
+        tl.store(value_scale_pointer + row, tl.where(is_finite, value_scale, float("nan")))
+        tl.store(
+            values_pointer + offset, quantized(value, value_scale, zero, is_finite, True), inside
+        )
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -141,7 +161,7 @@ def _num_warps(columns: int) -> int:
     return min(16, max(1, columns // 256))
 
 
-def dropout_add_norm_triton(
+def _forward(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -152,30 +172,30 @@ def dropout_add_norm_triton(
     scale: float,
     eps: float,
     rms: bool,
-    keep_z: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``dropout_add_norm_reference``."""
-    x = x.contiguous()
-    num_columns = x.shape[-1]
-    num_rows = x.shape[:-1].numel()
-    y = torch.empty_like(x)
-    z = torch.empty_like(x) if keep_z else x.new_empty(0)
-    make = x.new_empty if num_columns else x.new_zeros  # nothing is written for empty rows
-    mean = make(0 if rms else num_rows, dtype=torch.float32)
-    rstd = make(num_rows, dtype=torch.float32)
+    y: Tensor | None,
+    z: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    quantized: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Write what is not None."""
     if x.numel() == 0:
-        return y, z, mean, rstd
+        return
+    num_columns = x.shape[-1]
     argument, is_pointer = seed_argument(seed)
     columns = _columns(num_columns)
-    forward_kernel[(num_rows,)](
+    values, value_scale = (x, rstd) if quantized is None else quantized
+    forward_kernel[(x.shape[:-1].numel(),)](
         x,
         x if residual is None else residual.contiguous(),
         rstd if weight is None else weight.contiguous(),
         rstd if bias is None else bias.contiguous(),
-        y,
-        z if keep_z else y,
+        x if y is None else y,
+        x if z is None else z,
         rstd if rms else mean,
         rstd,
+        values,
+        value_scale,
         argument,
         num_columns,
         threshold,
@@ -186,13 +206,44 @@ def dropout_add_norm_triton(
         HAS_RESIDUAL=residual is not None,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
-        KEEP_Z=keep_z,
+        KEEP_Y=y is not None,
+        KEEP_Z=z is not None,
+        QUANTIZE=quantized is not None,
         ALIGNED=num_columns % 8 == 0,
         SEED_IS_POINTER=is_pointer,
         COLUMNS=columns,
         num_warps=_num_warps(columns),
     )
+
+
+def _statistics(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
+    """mean and rstd, to be written; nothing is for empty rows."""
+    num_rows = x.shape[:-1].numel()
+    make = x.new_empty if x.shape[-1] else x.new_zeros
+    return make(0 if rms else num_rows, dtype=torch.float32), make(num_rows, dtype=torch.float32)
+
+
+def dropout_add_norm_triton(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``dropout_add_norm_reference``."""
+    *inputs, rms, keep_z = arguments
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    z = torch.empty_like(x) if keep_z else x.new_empty(0)
+    mean, rstd = _statistics(x, rms)
+    _forward(x, *inputs, rms, y, z if keep_z else None, mean, rstd, None)
     return y, z, mean, rstd
+
+
+def dropout_add_norm_int8_triton(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``dropout_add_norm_int8_reference``."""
+    *inputs, rms, keep_z = arguments
+    x = x.contiguous()
+    values = torch.empty_like(x, dtype=torch.int8)
+    value_scale = torch.ones(x.shape[:-1], dtype=torch.float32, device=x.device)
+    kept = torch.empty_like(x)
+    y, z = (None, kept) if keep_z else (kept, None)
+    _forward(x, *inputs, rms, y, z, *_statistics(x, rms), (values, value_scale))
+    return values, value_scale, kept
 
 
 def dropout_add_norm_backward_triton(

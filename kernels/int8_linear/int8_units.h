@@ -10,7 +10,7 @@
 #pragma once
 
 #include "../common/product.h"
-#include "../quantize_int8/quantize_row.h"
+#include "../common/quantize_row.h"
 #include "int8_linear.h"
 
 namespace pyfast::PYFAST_ISA {

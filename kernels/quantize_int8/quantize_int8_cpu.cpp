@@ -1,10 +1,10 @@
 // Two readings of a block, of which the second is from cache: its range, then its values. Blocks
 // that exceed a piece of 64K elements are cut: pieces find ranges first, then write. Bound by bytes
-// (2 or 4 read, 1 written), see quantize_row.h.
+// (2 or 4 read, 1 written), see common/quantize_row.h.
 #include "../common/parallel.h"
+#include "../common/quantize_row.h"
 #include "../common/workspace.h"
 #include "quantize_int8.h"
-#include "quantize_row.h"
 
 namespace pyfast::PYFAST_ISA {
 namespace {

@@ -3,6 +3,7 @@
 // that one block alone uses the whole GPU: largest values of every chunk, of the block, then the
 // values, from a second read. Bound by bytes.
 #include "../common/launch.cuh"
+#include "../common/quantize.cuh"
 #include "quantize_int8.h"
 
 namespace pyfast::PYFAST_ISA {
@@ -15,8 +16,6 @@ constexpr int kMaxPasses = 4;
 constexpr int64_t kShortSize = 32 * 8 * 4;  // what a warp holds
 constexpr int64_t kChunkSize = 8192;
 constexpr int kChunkThreads = 256;
-constexpr uint32_t kInfinity = 0x7F800000u;
-constexpr uint32_t kNaN = 0x7FC00000u;
 
 // How a row is cut; aligned: eight elements lie in one block and at multiples of their size.
 struct Layout {
@@ -96,27 +95,11 @@ __device__ __forceinline__ Extremes block_extremes(Extremes extremes) {
   return extremes;
 }
 
-// What a block's values are computed with. A scale of NaN makes values of 0.
-struct Step {
-  float scale;
-  float inverse;  // NaN where a product with it is not close to the quotient
-  float zero;
-};
-
-__device__ __forceinline__ Step with_inverse(float scale, float zero) {
-  const bool usual = scale > 0x1p-100f && scale < 0x1p100f;
-  return {scale, usual ? 1.0f / scale : bits_to_float(kNaN), zero};
-}
-
-__device__ __forceinline__ float clamp(float value, float low, float high) {
-  return value < low ? low : value > high ? high : value;
-}
-
 __device__ __forceinline__ Step make_step(const QuantizeInt8Params& p, int64_t index,
                                           const Extremes& extremes) {
   const uint32_t high = static_cast<uint32_t>(extremes.high);
   const uint32_t low = extremes.low >> 31 != 0 ? extremes.low & 0x7FFFFFFFu : 0;
-  if (high >= kInfinity || low >= kInfinity) return {bits_to_float(kNaN), bits_to_float(kNaN), 0};
+  if (high >= kInfinity || low >= kInfinity) return with_inverse(bits_to_float(kNaN), 0.0f);
   float scale;
   if (p.scale_in != nullptr) {
     scale = p.scale_in[p.has_one_scale_in ? 0 : index];
@@ -139,49 +122,13 @@ __device__ __forceinline__ void store_step(const QuantizeInt8Params& p, int64_t 
   if (p.zero_point != nullptr) p.zero_point[index] = static_cast<int32_t>(step.zero);
 }
 
-// Rounded quotients. A product with the inverse differs from the quotient by less than 1e-4 where
-// the result is not clamped anyway (two roundings of 2^-24, of at most 256), so that it rounds to
-// the same integer unless it is that close to a half: the division, half of the work, is rare.
-__device__ __forceinline__ void round8(const Step& step, float (&value)[8]) {
-  float rounded[8];
-  bool sure = true;
-#pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    const float quotient = value[e] * step.inverse;
-    rounded[e] = rintf(quotient);
-    sure &= fabsf(quotient - rounded[e]) < 0.4999f;
-  }
-#pragma unroll
-  for (int e = 0; e < 8; ++e) value[e] = sure ? rounded[e] : rintf(value[e] / step.scale);
-}
-
 __device__ __forceinline__ void store_values8(const QuantizeInt8Params& p, const Step& step,
                                               float (&value)[8], int64_t offset, int count,
                                               bool aligned) {
-  const bool symmetric = p.zero_point == nullptr;
-  const float lowest = symmetric ? -127.0f : -128.0f;
-  uint64_t packed = 0;
-  if (step.scale == step.scale) {
-    round8(step, value);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const float shifted = symmetric ? value[e] : value[e] + step.zero;
-      const int32_t integer = static_cast<int32_t>(clamp(shifted, lowest, 127.0f));
-      packed |= static_cast<uint64_t>(static_cast<uint8_t>(integer)) << (8 * e);
-    }
-  }
-  int8_t* to = p.values + offset;
-  if (aligned) {
-#ifdef PYFAST_CUDA_EMULATION
-    cuda_emulation::copy_aligned(to, &packed, to, 8);
-#else
-    *reinterpret_cast<uint64_t*>(to) = packed;
-#endif
+  if (p.zero_point == nullptr) {
+    store_int8(step, value, p.values + offset, -127.0f, count, aligned);
   } else {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      if (e < count) to[e] = static_cast<int8_t>(packed >> (8 * e));
-    }
+    store_int8(step, value, p.values + offset, -128.0f, count, aligned);
   }
 }
 

@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .. import _random
 from ..kernels.dropout_add_norm.dropout_add_norm_reference import (
     dropout_add_norm_backward_reference,
+    dropout_add_norm_int8_reference,
     dropout_add_norm_reference,
     norm_gradients,
 )
@@ -18,6 +19,7 @@ from ._native import (
     column_partials,
     compute_dtype,
     contiguous,
+    empty,
     empty_like,
     get_num_threads,
     native,
@@ -30,7 +32,7 @@ from .dropout import dropout_op
 _STREAM = _random.DROPOUT_STREAM
 
 
-def _forward_native(
+def _run_native(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -41,26 +43,29 @@ def _forward_native(
     scale: float,
     eps: float,
     rms: bool,
-    keep_z: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y: Tensor | None,
+    z: Tensor | None,
+    quantized: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Write what is not None; ``(mean, rstd)``."""
     x, residual, weight, bias = contiguous(x, residual, weight, bias)
     num_columns = x.shape[-1]
     num_rows = x.shape[:-1].numel()
-    compute = compute_dtype(x)
-    y = empty_like(x)
-    z = empty_like(x) if keep_z else x.new_empty(0)
     make = x.new_empty if num_columns else x.new_zeros  # nothing is written for empty rows
-    mean = make(0 if rms else num_rows, dtype=compute)
-    rstd = make(num_rows, dtype=compute)
+    mean = make(0 if rms else num_rows, dtype=compute_dtype(x))
+    rstd = make(num_rows, dtype=compute_dtype(x))
+    values, value_scale = quantized or (None, None)
     native.dropout_add_norm(
         x,
         residual,
         weight,
         bias,
         y,
-        z if keep_z else None,
+        z,
         None if rms else mean,
         rstd,
+        values,
+        value_scale,
         seed,
         threshold,
         stream,
@@ -70,7 +75,25 @@ def _forward_native(
         num_columns,
         get_num_threads(),
     )
-    return y, z, mean, rstd
+    return mean, rstd
+
+
+def _forward_native(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *inputs, keep_z = arguments
+    y = empty_like(x)
+    z = empty_like(x) if keep_z else x.new_empty(0)
+    return y, z, *_run_native(x, *inputs, y, z if keep_z else None, None)
+
+
+def _int8_native(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, keep_z = arguments
+    values = empty(tuple(x.shape), torch.empty(0, dtype=torch.int8, device=x.device))
+    make = x.new_empty if x.shape[-1] else x.new_ones
+    value_scale = make(x.shape[:-1], dtype=torch.float32)
+    kept = empty_like(x)
+    y, z = (None, kept) if keep_z else (kept, None)
+    _run_native(x, *inputs, y, z, (values, value_scale))
+    return values, value_scale, kept
 
 
 def _backward_native(
@@ -118,6 +141,12 @@ def _forward_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..kernels.dropout_add_norm.dropout_add_norm_triton import dropout_add_norm_triton
 
     return dropout_add_norm_triton(*arguments)
+
+
+def _int8_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels.dropout_add_norm.dropout_add_norm_triton import dropout_add_norm_int8_triton
+
+    return dropout_add_norm_int8_triton(*arguments)
 
 
 def _backward_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -200,6 +229,24 @@ _dropout_add_norm = Op(
 )
 
 
+_int8_op = Op(
+    "dropout_add_norm_int8(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor seed,"
+    " int threshold, int stream, float scale, float eps, bool rms, bool keep_z)"
+    " -> (Tensor, Tensor, Tensor)",
+    {
+        "cpu": _int8_native,
+        "cuda": _int8_native,
+        "triton": _int8_triton,
+        "reference": dropout_add_norm_int8_reference,
+    },
+    fake=lambda x, *_: (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(x.shape[:-1], dtype=torch.float32),
+        x.new_empty(x.shape),
+    ),
+)
+
+
 def dropout_add_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -210,10 +257,11 @@ def dropout_add_norm(
     *,
     norm: str = "layer",
     prenorm: bool = False,
+    quantize: bool = False,
     eps: float | None = None,
     generator: Generator | None = None,
     seed: int | Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """``norm(residual + dropout(x, p)) * weight + bias`` in one pass, forward and backward.
 
     Replaces ``F.layer_norm(residual + F.dropout(x, p, training), (n,), weight, bias, eps)``, or the
@@ -230,17 +278,23 @@ def dropout_add_norm(
         training: ``False`` adds without dropping. Default: ``True``
         norm: ``"layer"`` or ``"rms"``.
         prenorm: return ``(y, residual + dropout(x))``: the sum is the residual of the next block.
+        quantize: return ``(values, scale, sum)``: y as ``quantize_int8(y)`` gives it, the operands
+            of ``int8_linear(values, ..., input_scale=scale)``, and what the next block adds to: y,
+            or ``residual + dropout(x)`` with ``prenorm`` (y itself is not written then). Without a
+            gradient. Default: ``False``
         eps: added to the variance. Default, as torch's: 1e-5 for ``"layer"``, for ``"rms"`` the
             epsilon of float64 for float64 and of float32 for every other dtype.
         generator: where the seed is drawn from. Default: torch's default CPU generator
         seed: the 64-bit seed itself, an int or a tensor of one int64.
 
     Returns:
-        y (..., n), contiguous, the promoted dtype of x and residual; with ``prenorm`` the pair.
+        y (..., n), contiguous, the promoted dtype of x and residual; with ``prenorm`` the pair;
+        with ``quantize`` int8 (..., n), float32 (...), and one tensor like y.
 
     Raises:
         ValueError: if ``p`` is outside of [0, 1], ``norm`` is unknown, or a shape, dtype or device
             does not match.
+        RuntimeError: if ``quantize`` is asked for where a gradient is wanted.
     """
     tensors = (x, residual, weight, bias)
     if has_torch_function(tensors):
@@ -252,6 +306,7 @@ def dropout_add_norm(
             training=training,
             norm=norm,
             prenorm=prenorm,
+            quantize=quantize,
             eps=eps,
             generator=generator,
             seed=seed,
@@ -271,14 +326,20 @@ def dropout_add_norm(
     if threshold == 0:
         seed = 0
     seed = resolve_seed(op, x, eager, generator, seed)
-    # Inside of a transform, tensors do not tell whether a gradient is wanted outside of it.
-    keep_z = prenorm or (
-        torch.is_grad_enabled()
-        and (
-            not eager or any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
-        )
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, residual, weight, bias)
     )
+    rule = (threshold, _STREAM, scale_of(threshold), eps, rms)
+    if quantize:
+        if needs_grad:
+            raise RuntimeError(
+                f"{op}: quantize=True has no gradient, got inputs that require one: call it under "
+                "torch.no_grad()"
+            )
+        quantized = _int8_op.eager if eager else _int8_op.traced
+        return quantized(x, residual, weight, bias, seed, *rule, prenorm)  # type: ignore[no-any-return]
+    # Inside of a transform, tensors do not tell whether a gradient is wanted outside of it.
+    keep_z = prenorm or needs_grad or (torch.is_grad_enabled() and not eager)
     call = _dropout_add_norm.eager if eager else _dropout_add_norm.traced
-    rule = (threshold, _STREAM, scale_of(threshold), eps, rms, keep_z)
-    y, z, _, _ = call(x, residual, weight, bias, seed, *rule)
+    y, z, _, _ = call(x, residual, weight, bias, seed, *rule, keep_z)
     return (y, z) if prenorm else y

@@ -1,13 +1,13 @@
-// Rows to int8 values, by the rule of quantize_int8.h. A division takes 16 cycles a vector, all
-// that memory allows for the whole work; here quotients come from the reciprocal and two
-// corrections by fused multiply-add, which gives the correctly rounded quotient (Markstein 1990: an
-// estimate within an ulp, corrected with the exact remainder and the correctly rounded reciprocal).
-// Where scales are so small or large that a step may underflow or overflow, and without FMA, it is
-// a division.
+// Rows to int8 values, by the rule of quantize_int8_reference.py. A division takes 16 cycles a
+// vector, all that memory allows for the whole work; here quotients come from the reciprocal and
+// two corrections by fused multiply-add, which gives the correctly rounded quotient (Markstein
+// 1990: an estimate within an ulp, corrected with the exact remainder and the correctly rounded
+// reciprocal). Where scales are so small or large that a step may underflow or overflow, and
+// without FMA, it is a division.
 #pragma once
 
-#include "../common/lanes.h"
-#include "../common/row_blocks.h"
+#include "lanes.h"
+#include "row_blocks.h"
 
 namespace pyfast::PYFAST_ISA {
 
