@@ -205,6 +205,18 @@ def test_large(backend: Backend, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.backends("cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_past_the_cache(backend: Backend, dtype: torch.dtype) -> None:
+    """Results of large matrices are written past the cache: the same as those of small ones."""
+    x = torch.randn(4096, 4096 if dtype == torch.bfloat16 else 2048).to(dtype)
+    for options in ({}, {"granularity": "block", "block_size": 192}):
+        whole = F.quantize_int8(x, **options)
+        parts = [F.quantize_int8(part, **options) for part in x.split(512)]
+        for i in range(2):
+            assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
+
+
+@pytest.mark.backends("cpu")
 def test_threads_agree(backend: Backend) -> None:
     """Whatever the work is cut into: one row, few rows, many short ones, blocks."""
     cases = [(normal(2**18 + 7), {}), (normal(3, 200003), {}), (normal(50001, 7), {})]

@@ -26,7 +26,7 @@ Block block_at(const QuantizeInt8Params& p, int64_t index, int64_t per_row) {
 
 template <bool kSymmetric, typename T>
 void write_block(const QuantizeInt8Params& p, int64_t index, const Block& block,
-                 const ValueRange& range, int64_t begin, int64_t end) {
+                 const ValueRange& range, int64_t begin, int64_t end, bool stream) {
   const float given = p.scale_in == nullptr ? 0.0f : p.scale_in[p.has_one_scale_in ? 0 : index];
   const float scale = scale_of<kSymmetric>(range, given);
   const int32_t zero_point = kSymmetric ? 0 : zero_point_of(range, scale);
@@ -37,7 +37,7 @@ void write_block(const QuantizeInt8Params& p, int64_t index, const Block& block,
   const float* smooth = p.smooth == nullptr ? nullptr : p.smooth + block.column + begin;
   quantize_values(static_cast<const T*>(p.x) + block.first + begin, smooth, scale,
                   p.scale_in != nullptr, kSymmetric ? kMaxInt8 : kNoLimit, zero_point,
-                  p.values + block.first + begin, end - begin);
+                  p.values + block.first + begin, end - begin, stream);
 }
 
 template <bool kSymmetric, typename T>
@@ -52,14 +52,17 @@ void quantize(const T* /*type*/, const QuantizeInt8Params& params, int64_t num_t
   const int64_t per_row = (params.row_size + params.block_size - 1) / params.block_size;
   const int64_t num_blocks = params.num_rows * per_row;
   const int64_t longest = params.block_size < params.row_size ? params.block_size : params.row_size;
+  const bool stream = params.block_size % 64 == 0 &&
+                      streams(params.values, params.num_rows, params.row_size, 1 + sizeof(T));
   if (longest <= kPieceSize) {
     parallel_for(num_blocks, num_threads, [&](int64_t begin, int64_t end, int64_t) {
       const QuantizeInt8Params p = params;  // of its own: no store can change it
       for (int64_t index = begin; index < end; ++index) {
         const Block block = block_at(p, index, per_row);
         const ValueRange range = range_of<kSymmetric, T>(p, block, 0, block.size);
-        write_block<kSymmetric, T>(p, index, block, range, 0, block.size);
+        write_block<kSymmetric, T>(p, index, block, range, 0, block.size, stream);
       }
+      if (stream) stream_fence();
     });
     return;
   }
@@ -88,8 +91,9 @@ void quantize(const T* /*type*/, const QuantizeInt8Params& params, int64_t num_t
       const Block block = block_at(params, index, per_row);
       if (begin >= block.size) continue;
       write_block<kSymmetric, T>(params, index, block, ranges[index * per_block], begin,
-                                 piece_end(block, begin));
+                                 piece_end(block, begin), stream);
     }
+    if (stream) stream_fence();
   });
 }
 
