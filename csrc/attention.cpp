@@ -132,7 +132,9 @@ void fill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, 
     p->slopes_batch_stride = p->heads;
   }
   p->sinks = float_array("sinks", sinks, &holders->sinks, p->heads);
-  p->seed = seed_from(seed, &holders->seed, q);
+  int64_t step = p->heads;
+  p->seed = seed_from(seed, &holders->seed, q, 1, &step);
+  p->seed.step = step;
   p->threshold = static_cast<uint32_t>(threshold);
   p->scale = static_cast<float>(scale);
   p->softcap = static_cast<float>(softcap);

@@ -57,19 +57,26 @@ void dropout(const Tensor& x, const Tensor& y, py::object seed, int64_t threshol
     throw py::type_error("dropout: y must have the dtype of x, got " + y.describe());
   }
   if (x.ndim() > kMaxDims) throw py::value_error("dropout: x has more than 64 dimensions");
-  Tensor seed_tensor;
-  params.seed = seed_from(seed, &seed_tensor, x);
   params.num_elements = x.num_elements();
   if (params.num_elements == 0) return;
+  if (mask_ndim < 0 || mask_ndim > x.ndim()) {
+    throw py::value_error("dropout: mask_ndim must be at most " + std::to_string(x.ndim()));
+  }
 
   Dimension dims[kMaxDims + 1];
   int ndim = 0;
+  int64_t mask_strides[kMaxDims + 1];
   int64_t mask_stride = 1;
+  for (int64_t d = mask_ndim - 1; d >= 0; --d) {
+    mask_strides[d] = mask_stride;
+    mask_stride *= x.size(static_cast<int>(d));
+  }
+  Tensor seed_tensor;
+  params.seed = seed_from(seed, &seed_tensor, x, mask_ndim, mask_strides);
   for (int d = x.ndim() - 1; d >= 0; --d) {
     if (x.size(d) != 1) {
-      dims[ndim++] = {x.size(d), x.stride(d), y.stride(d), d < mask_ndim ? mask_stride : 0};
+      dims[ndim++] = {x.size(d), x.stride(d), y.stride(d), d < mask_ndim ? mask_strides[d] : 0};
     }
-    if (d < mask_ndim) mask_stride *= x.size(d);
   }
   if (ndim == 0) dims[ndim++] = {1, 1, 1, 1};
   std::reverse(dims, dims + ndim);

@@ -185,18 +185,30 @@ void* Tensor::current_stream() const {
   return stream;
 }
 
-Seed seed_from(py::handle object, Tensor* holder, const Tensor& like) {
+Seed seed_from(py::handle object, Tensor* holder, const Tensor& like, int64_t num_steps,
+               int64_t* steps) {
   if (PyLong_Check(object.ptr())) {
-    return {static_cast<uint64_t>(PyLong_AsUnsignedLongLongMask(object.ptr())), nullptr};
+    return {static_cast<uint64_t>(PyLong_AsUnsignedLongLongMask(object.ptr())), nullptr, 0, 0};
   }
-  if (!holder->assign(object) || !holder->has_type(dlpack::kInt, 64) ||
-      holder->num_elements() != 1) {
-    throw py::type_error("seed must be an int or a tensor of one int64");
+  const bool is_tensor = holder->assign(object) && holder->has_type(dlpack::kInt, 64);
+  const int64_t count = is_tensor ? holder->num_elements() : 0;
+  if (count != 1 && count != 2 && (count < 2 || count != 2 + num_steps)) {
+    throw py::type_error("seed must be an int or a tensor of one int64 (of a shard: of 2" +
+                         (num_steps > 0 ? " or " + std::to_string(2 + num_steps) : "") + ")");
+  }
+  if (count > 1) {
+    if (!holder->is_cpu() && !holder->assign(object.attr("cpu")())) {
+      throw py::type_error("seed must be a tensor");
+    }
+    const auto* values = static_cast<const int64_t*>(holder->data());
+    const int64_t stride = holder->stride(0);
+    for (int64_t i = 0; i < count - 2; ++i) steps[i] = values[(i + 2) * stride];
+    return {static_cast<uint64_t>(values[0]), nullptr, values[stride], 0};
   }
   const auto* pointer = static_cast<const uint64_t*>(holder->data());
-  if (holder->is_cpu()) return {*pointer, nullptr};
+  if (holder->is_cpu()) return {*pointer, nullptr, 0, 0};
   require_same_device("seed", "seed", *holder, like);
-  return {0, pointer};
+  return {0, pointer, 0, 0};
 }
 
 void require_same_shape(const char* function, const char* argument, const Tensor& tensor,

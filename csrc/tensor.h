@@ -89,8 +89,11 @@ class ScratchBlock {
 };
 
 // A Python int is the seed itself; a tensor of one int64 holds it, on the CPU or where the kernel
-// runs. `holder` keeps the view alive.
-Seed seed_from(py::handle object, Tensor* holder, const Tensor& like);
+// runs. Of a shard the tensor goes on: the index of its first element, and then what `num_steps`
+// strides of the whole tensor are, copied to `steps` (which stays as it is for a tensor that is no
+// shard). These are read here, which waits for a GPU. `holder` keeps the view alive.
+Seed seed_from(py::handle object, Tensor* holder, const Tensor& like, int64_t num_steps = 0,
+               int64_t* steps = nullptr);
 
 // Checks that protect memory. Each throws ValueError naming `function` and `argument`.
 void require_same_shape(const char* function, const char* argument, const Tensor& tensor,

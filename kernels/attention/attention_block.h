@@ -297,7 +297,7 @@ inline ScoreDropout score_dropout(const AttentionParams& p) {
 // Keep bits of a block whose first key is a multiple of 32: bit i of keep[row * stride + i / 16].
 inline void draw_keep_bits(const ScoreDropout& rule, const AttentionParams& p, const Head& h,
                            const Block& b, uint16_t* keep, int64_t stride) {
-  const uint32_t z = static_cast<uint32_t>(h.sequence * p.heads + h.head);
+  const uint32_t z = static_cast<uint32_t>(p.seed.first + h.sequence * p.seed.step + h.head);
   for (int64_t row = 0; row < b.num_keys; row += kGroupKeys) {
     const Range vectors = visible_vectors(h, b, row, row + kGroupKeys);
     const int64_t end = vectors.end * kLanes;

@@ -43,6 +43,8 @@ def forward_kernel(
     k_scale_pointer,
     v_scale_pointer,
     seed,
+    first_head,
+    head_step,
     q_b_stride,
     q_h_stride,
     q_m_stride,
@@ -180,7 +182,7 @@ def forward_kernel(
             total = tl.where(sink == -float("inf"), 0.0, 1.0)
     if HAS_DROPOUT:
         key = load_seed(seed, SEED_IS_POINTER)
-        z = sequence * heads + head
+        z = first_head + sequence * head_step + head
 
     begin, end, full_begin, full_end = key_blocks(
         first + shift, last + shift, num_keys, left, right, BLOCK_N

@@ -33,6 +33,8 @@ def key_value_gradient_kernel(
     grad_k_pointer,
     grad_v_pointer,
     seed,
+    first_head,
+    head_step,
     q_b_stride,
     q_h_stride,
     q_m_stride,
@@ -148,7 +150,7 @@ def key_value_gradient_kernel(
         slope = 0.0
         if HAS_ALIBI:
             slope = tl.load(slopes_pointer + sequence * slopes_b_stride + head) * LOG2E
-        z = (sequence * heads + head).to(tl.int32)
+        z = (first_head + sequence * head_step + head).to(tl.int32)
         for phase in tl.static_range(2):
             if phase == 0:
                 count = num_left + num_right
@@ -239,7 +241,7 @@ def key_value_gradient_kernel(
                 slope = 0.0
                 if HAS_ALIBI:
                     slope = tl.load(slopes_pointer + sequence * slopes_b_stride + head) * LOG2E
-                z = (sequence * heads + head).to(tl.int32)
+                z = (first_head + sequence * head_step + head).to(tl.int32)
                 for m0 in tl.range(begin, end, BLOCK_M, num_stages=1, disable_licm=True):
                     query = m0 + tl.arange(0, BLOCK_M)
                     position = query + shift

@@ -27,6 +27,8 @@ def mask_gradient_kernel(
     delta_pointer,
     grad_mask_pointer,
     seed,
+    first_head,
+    head_step,
     q_b_stride,
     q_h_stride,
     q_m_stride,
@@ -131,7 +133,7 @@ def mask_gradient_kernel(
             slope = 0.0
             if HAS_ALIBI:
                 slope = tl.load(slopes_pointer + b * slopes_b_stride + head) * LOG2E
-            z = b * heads + h
+            z = first_head + b * head_step + h
             _, grad_scores, _ = tile_gradients(
                 q,
                 k,

@@ -34,6 +34,8 @@ def query_gradient_kernel(
     grad_q_pointer,
     grad_mask_pointer,
     seed,
+    first_head,
+    head_step,
     q_b_stride,
     q_h_stride,
     q_m_stride,
@@ -134,7 +136,7 @@ def query_gradient_kernel(
     key = 0
     if HAS_DROPOUT:
         key = load_seed(seed, SEED_IS_POINTER)
-    z = (sequence * heads + head).to(tl.int32)
+    z = (first_head + sequence * head_step + head).to(tl.int32)
     begin, end, full_begin, full_end = key_blocks(
         m0 + shift, last + shift, num_keys, left, right, BLOCK_N
     )

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.philox_reference import score_bits
+from ..common.philox_reference import score_bits, shard_of
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,7 +175,14 @@ def _weights(
         column = torch.arange(k.shape[2], device=q.device)
         if isinstance(seed, Tensor):
             seed = seed.to(q.device)
-        bits = score_bits(seed, row, column, index + first_batch * num_heads)
+        seed, place = shard_of(seed)
+        if place is None:
+            index = index + first_batch * num_heads
+        else:
+            step = place[1] if len(place) > 1 else num_heads
+            number = torch.arange(num_batches, device=q.device) + first_batch
+            index = index % num_heads + place[0] + number.view(-1, 1, 1, 1) * step
+        bits = score_bits(seed, row, column, index)
         keep_rate = (65536 - rule.threshold) / 65536
         kept = (bits >= rule.threshold).to(scores.dtype) * (1 / keep_rate if keep_rate else 0.0)
     return _Weights(p, lse, capped, distance, kept)

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from ..common.chips import chip, num_multiprocessors
-from ..common.philox_triton import seed_argument
+from ..common.philox_triton import seed_argument, shard_argument
 from .attention_forward_triton import combine_kernel, forward_kernel
 from .attention_tile_triton import LOG2E
 from .attention_tiles import (
@@ -46,6 +46,7 @@ def kernel_arguments(
 ) -> dict[str, Any]:
     """What the kernels of the forward and of the backward pass are called with."""
     seed_or_pointer, is_pointer = seed_argument(seed)
+    place = shard_argument(seed)
     mask_type = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
     if mask is None:
         mask_strides = [0] * 4
@@ -63,6 +64,8 @@ def kernel_arguments(
         "cu_q_pointer": unused if cu_seqlens_q is None else cu_seqlens_q,
         "cu_k_pointer": unused if cu_seqlens_k is None else cu_seqlens_k,
         "seed": seed_or_pointer,
+        "first_head": place[0],
+        "head_step": place[1] if len(place) > 1 else q.shape[1],
         **strides("q", "bhm", q),
         **strides("k", "bhn", k),
         **strides("v", "bhn", v),

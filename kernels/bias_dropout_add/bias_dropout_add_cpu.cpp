@@ -25,15 +25,16 @@ void forward(const T* /*type*/, const BiasDropoutAddParams& params, int num_thre
       const T* x = static_cast<const T*>(p.x) + row * n;
       const T* residual = static_cast<const T*>(p.residual) + row * n;
       T* y = static_cast<T*>(p.y) + row * n;
-      for_each_block(
-          rule, row, n, [&](int64_t from, int64_t to, const uint64_t* bits) PYFAST_INLINE_LAMBDA {
-            for_each_vec<V>(from, to, [&](int64_t j, int lanes) PYFAST_INLINE_LAMBDA {
-              V value = load_lanes<V>(x + j, lanes);
-              if (bias != nullptr) value = value + load_lanes<V>(bias + j, lanes);
-              value = select(keep_lanes(bits, j), value * scale, zero);
-              store_lanes(load_lanes<V>(residual + j, lanes) + value, y + j, lanes, stream);
-            });
-          });
+      for_each_block(rule, p.seed.first + row * n, n,
+                     [&](int64_t from, int64_t to, const uint64_t* bits) PYFAST_INLINE_LAMBDA {
+                       for_each_vec<V>(from, to, [&](int64_t j, int lanes) PYFAST_INLINE_LAMBDA {
+                         V value = load_lanes<V>(x + j, lanes);
+                         if (bias != nullptr) value = value + load_lanes<V>(bias + j, lanes);
+                         value = select(keep_lanes(bits, j), value * scale, zero);
+                         store_lanes(load_lanes<V>(residual + j, lanes) + value, y + j, lanes,
+                                     stream);
+                       });
+                     });
     }
     if (stream) stream_fence();
   };
@@ -59,7 +60,7 @@ void backward(const T* /*type*/, const BiasDropoutAddBackwardParams& params, int
       T* grad_x = static_cast<T*>(p.grad_x) + row * n;
       C* const partial = partials + row / kChunkRows * n;
       const bool is_first = row % kChunkRows == 0;
-      for_each_block(rule, row, n,
+      for_each_block(rule, p.seed.first + row * n, n,
                      [&](int64_t from, int64_t to, const uint64_t* bits) PYFAST_INLINE_LAMBDA {
                        for_each_vec<V>(from, to, [&](int64_t j, int lanes) PYFAST_INLINE_LAMBDA {
                          const V kept = load_lanes<V>(grad + j, lanes) * scale;

@@ -20,8 +20,8 @@ __global__ void forward_kernel(BiasDropoutAddParams p, int64_t groups_per_row, i
   const int64_t column = (group - row * groups_per_row) * 8;
   const int64_t offset = row * p.num_columns + column;
   const int count = count8(column, p.num_columns);
-  const uint32_t bits =
-      keep_bits8_from(seed_value(p.seed), static_cast<uint64_t>(offset), p.stream, p.threshold);
+  const uint32_t bits = keep_bits8_from(
+      seed_value(p.seed), static_cast<uint64_t>(p.seed.first + offset), p.stream, p.threshold);
   const C scale = static_cast<C>(p.scale);
   C value[8], residual[8], bias[8] = {};
   load8(static_cast<const T*>(p.x) + offset, count, aligned, value);
@@ -53,7 +53,7 @@ __global__ void backward_kernel(BiasDropoutAddBackwardParams p, bool aligned) {
   for (int64_t row = first_row; row < row_end; ++row) {
     const int64_t offset = row * p.num_columns + column;
     const uint32_t bits =
-        keep_bits8_from(seed, static_cast<uint64_t>(offset), p.stream, p.threshold);
+        keep_bits8_from(seed, static_cast<uint64_t>(p.seed.first + offset), p.stream, p.threshold);
     C value[8];
     load8(static_cast<const T*>(p.grad) + offset, count, aligned, value);
 #pragma unroll

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.philox_triton import block_bits, load_seed, row_bits, seed_argument
+from ..common.philox_triton import load_seed, row_bits, seed_argument, shard_argument
 
 BLOCK = 2048
 COLUMNS = 512
@@ -22,19 +22,21 @@ def forward_kernel(
     residual_pointer,
     y_pointer,
     seed,
+    first_index,
     num_elements,
     num_columns,
     threshold,
     stream,
     scale,
     HAS_BIAS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     SEED_IS_POINTER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     index = first + tl.arange(0, BLOCK)
     inside = index < num_elements
-    bits = block_bits(load_seed(seed, SEED_IS_POINTER), first, stream, BLOCK)
+    bits = row_bits(load_seed(seed, SEED_IS_POINTER), first_index + first, stream, BLOCK, ALIGNED)
     value = tl.load(x_pointer + index, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         value += tl.load(bias_pointer + index % num_columns, mask=inside, other=0.0)
@@ -49,6 +51,7 @@ def backward_kernel(
     grad_x_pointer,
     partial_pointer,
     seed,
+    first_index,
     num_rows,
     num_columns,
     threshold,
@@ -68,7 +71,7 @@ def backward_kernel(
     row_end = tl.minimum((chunk + 1) * CHUNK_ROWS, num_rows)
     for row_index in range(chunk * CHUNK_ROWS, row_end):
         row = tl.cast(row_index, tl.int64)
-        first = row * num_columns + first_column
+        first = first_index + row * num_columns + first_column
         bits = row_bits(key, first, stream, COLUMNS, ALIGNED)
         offset = row * num_columns + column
         grad = tl.load(grad_pointer + offset, mask=inside, other=0.0).to(tl.float32)
@@ -93,18 +96,21 @@ def bias_dropout_add_triton(
     if x.numel() == 0:
         return y
     argument, is_pointer = seed_argument(seed)
+    first_index = shard_argument(seed)[0]
     forward_kernel[(triton.cdiv(x.numel(), BLOCK),)](
         x,
         x if bias is None else bias.contiguous(),
         residual,
         y,
         argument,
+        first_index,
         x.numel(),
         x.shape[-1],
         threshold,
         stream,
         scale,
         HAS_BIAS=bias is not None,
+        ALIGNED=first_index % 8 == 0,
         SEED_IS_POINTER=is_pointer,
         BLOCK=BLOCK,
     )
@@ -122,18 +128,20 @@ def bias_dropout_add_backward_triton(
     chunks = triton.cdiv(num_rows, CHUNK_ROWS)
     partial = torch.empty((chunks, num_columns), dtype=torch.float32, device=grad.device)
     argument, is_pointer = seed_argument(seed)
+    first_index = shard_argument(seed)[0]
     if grad.numel() > 0:
         backward_kernel[(chunks, triton.cdiv(num_columns, COLUMNS))](
             grad,
             grad_x,
             partial,
             argument,
+            first_index,
             num_rows,
             num_columns,
             threshold,
             stream,
             scale,
-            ALIGNED=num_columns % 8 == 0,
+            ALIGNED=num_columns % 8 == 0 and first_index % 8 == 0,
             SEED_IS_POINTER=is_pointer,
             CHUNK_ROWS=CHUNK_ROWS,
             COLUMNS=COLUMNS,

@@ -15,6 +15,14 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 7
 
 
+def shard_of(seed: int | Tensor) -> tuple[int | Tensor, Tensor | None]:
+    """``(seed, place)``: what a seed tensor of more than one element says of the shard that it is
+    for: the index of its first element, and strides of the whole tensor; else None."""
+    if isinstance(seed, int) or seed.numel() == 1:
+        return seed, None
+    return seed[0], seed[1:]
+
+
 def philox(
     seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

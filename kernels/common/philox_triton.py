@@ -70,7 +70,12 @@ def score_bits(seed, m, n0, z, stream, M: tl.constexpr, N: tl.constexpr):
 
 
 def seed_argument(seed: int | Tensor) -> tuple[Any, bool]:
-    """``(argument, SEED_IS_POINTER)``: a seed on the CPU travels by value."""
-    if isinstance(seed, Tensor) and seed.device.type == "cpu":
-        return int(seed), False
+    """``(argument, SEED_IS_POINTER)``: a seed on the CPU travels by value, as that of a shard."""
+    if isinstance(seed, Tensor) and (seed.device.type == "cpu" or seed.numel() > 1):
+        return int(seed.flatten()[0]), False
     return seed, isinstance(seed, Tensor)
+
+
+def shard_argument(seed: int | Tensor) -> list[int]:
+    """What goes on in the seed of a shard: its first index, strides of the whole; else ``[0]``."""
+    return seed[1:].tolist() if isinstance(seed, Tensor) and seed.numel() > 1 else [0]

@@ -32,15 +32,15 @@ inline bool streams(const T* to, int64_t num_rows, int64_t num_columns, int64_t 
 // Calls f(begin, end, bits) for one block of the columns of a row after the other; keep_lanes finds
 // the fate of a column in `bits`. Small blocks leave the processor room to draw the bits of one
 // while it waits for the memory of another; those that do not start at a multiple of 64 elements
-// have a word more to draw, and are larger.
+// have a word more to draw, and are larger. `first` is the index of the row's first element.
 template <typename F>
-PYFAST_ALWAYS_INLINE void for_each_block(const KeepRule& rule, int64_t row, int64_t num_columns,
+PYFAST_ALWAYS_INLINE void for_each_block(const KeepRule& rule, int64_t first, int64_t num_columns,
                                          const F& f) {
   uint64_t bits[24];  // keep_words(1024)
-  const int64_t block = num_columns % 64 == 0 ? 256 : 1024;
+  const int64_t block = (num_columns | first) % 64 == 0 ? 256 : 1024;
   for (int64_t begin = 0; begin < num_columns; begin += block) {
     const int64_t count = num_columns - begin < block ? num_columns - begin : block;
-    fill_keep_bits(rule, static_cast<uint64_t>(row * num_columns + begin), count, bits);
+    fill_keep_bits(rule, static_cast<uint64_t>(first + begin), count, bits);
     f(begin, begin + count, bits - begin / 64);
   }
 }

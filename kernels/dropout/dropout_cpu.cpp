@@ -210,7 +210,7 @@ void run(const T* /*type*/, const DropoutParams& p, int num_threads) {
       const int64_t n = inner_size - start < kPieceSize ? inner_size - start : kPieceSize;
       int64_t x_offset = start * p.x_strides[inner];
       int64_t y_offset = start * p.y_strides[inner];
-      int64_t mask = start * p.mask_strides[inner];
+      int64_t mask = p.seed.first + start * p.mask_strides[inner];
       for (int d = inner - 1; d >= 0; --d) {
         const int64_t coordinate = row % p.sizes[d];
         row /= p.sizes[d];

@@ -36,7 +36,7 @@ __global__ void dropout_kernel(DropoutParams p, int64_t groups_per_row, int64_t 
   const int64_t y_stride = kVectorized ? 1 : p.y_strides[inner];
   int64_t x_offset = first * x_stride;
   int64_t y_offset = first * y_stride;
-  int64_t mask = first * p.mask_strides[inner];
+  int64_t mask = p.seed.first + first * p.mask_strides[inner];
   for (int d = inner - 1; d >= 0; --d) {
     const int64_t coordinate = row % p.sizes[d];
     row /= p.sizes[d];

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.philox_reference import element_bits, score_bits
+from ..common.philox_reference import element_bits, score_bits, shard_of
 
 
 def keep_mask_reference(
@@ -16,10 +16,25 @@ def keep_mask_reference(
     stream: int,
     device: torch.device,
 ) -> Tensor:
-    """bool of ``shape``: True where the element's 16 bits are at least ``threshold``."""
-    index = torch.arange(torch.Size(shape).numel(), dtype=torch.int64, device=device).view(shape)
+    """bool of ``shape``: True where the element's 16 bits are at least ``threshold``.
+
+    Args:
+        seed: an int or a tensor of one int64; for a shard of a larger tensor (2,): and the index
+            of its first element, or (2 + len(shape),): and the strides of the whole as well.
+    """
     if isinstance(seed, Tensor):
         seed = seed.to(device)
+    seed, place = shard_of(seed)
+    if place is None or len(place) == 1:
+        size = torch.Size(shape).numel()
+        index = torch.arange(size, dtype=torch.int64, device=device).view(shape)
+    else:
+        index = torch.zeros(shape, dtype=torch.int64, device=device)
+        for dim, size in enumerate(shape):
+            along = torch.arange(size, device=device) * place[1 + dim]
+            index = index + along.view(-1, *(1,) * (len(shape) - 1 - dim))
+    if place is not None:
+        index = index + place[0]
     return element_bits(seed, index, stream) >= threshold
 
 

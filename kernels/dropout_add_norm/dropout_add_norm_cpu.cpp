@@ -104,7 +104,7 @@ void forward(const T* /*type*/, const DropoutAddNormParams& params, int num_thre
         }
         store_lanes(value, y + j, lanes, stream);
       };
-      for_each_block(rule, row, n,
+      for_each_block(rule, p.seed.first + row * n, n,
                      [&](int64_t from, int64_t to, const uint64_t* bits) PYFAST_INLINE_LAMBDA {
                        if (row > row_begin) for_each_vec<V>(from, to, second_pass);
                        if (row == row_end) return;
@@ -197,7 +197,7 @@ void backward(const T* /*type*/, const DropoutAddNormBackwardParams& params, int
         add_to_slot(weighted * x_hat, product_slots, num_slots, j, lanes);
         if (!rms) add_to_slot(weighted, grad_slots, num_slots, j, lanes);
       };
-      for_each_block(rule, row - 1, n,
+      for_each_block(rule, p.seed.first + before, n,
                      [&](int64_t from, int64_t to, const uint64_t* bits) PYFAST_INLINE_LAMBDA {
                        if (row < row_end) for_each_vec<V>(from, to, first_pass);
                        if (row == row_begin) return;

@@ -125,8 +125,8 @@ __global__ void forward_kernel(DropoutAddNormParams p, bool aligned) {
     C value[8];
     load8(static_cast<const T*>(p.x) + offset, count, aligned, value);
     if (p.threshold != 0) {
-      const uint32_t bits =
-          keep_bits8_from(seed, static_cast<uint64_t>(offset), p.stream, p.threshold);
+      const uint32_t bits = keep_bits8_from(seed, static_cast<uint64_t>(p.seed.first + offset),
+                                            p.stream, p.threshold);
 #pragma unroll
       for (int e = 0; e < 8; ++e) value[e] = (bits >> e) & 1 ? value[e] * scale : C{0};
     }
@@ -298,8 +298,8 @@ __global__ void backward_kernel(DropoutAddNormBackwardParams p, int64_t chunks, 
         store8(out, static_cast<T*>(p.grad_residual) + offset, count, aligned);
       }
       if (p.threshold != 0) {
-        const uint32_t bits =
-            keep_bits8_from(seed, static_cast<uint64_t>(offset), p.stream, p.threshold);
+        const uint32_t bits = keep_bits8_from(seed, static_cast<uint64_t>(p.seed.first + offset),
+                                              p.stream, p.threshold);
 #pragma unroll
         for (int e = 0; e < 8; ++e) out[e] = (bits >> e) & 1 ? out[e] * scale : C{0};
       }

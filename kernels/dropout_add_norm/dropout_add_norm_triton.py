@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.philox_triton import load_seed, row_bits, seed_argument
+from ..common.philox_triton import load_seed, row_bits, seed_argument, shard_argument
 from ..quantize_int8.quantize_int8_triton import quantized, step_of
 
 CHUNK_ROWS = 32
@@ -29,6 +29,7 @@ def forward_kernel(
     values_pointer,
     value_scale_pointer,
     seed,
+    first_index,
     num_columns,
     threshold,
     stream,
@@ -49,7 +50,8 @@ def forward_kernel(
     column = tl.arange(0, COLUMNS)
     inside = column < num_columns
     offset = row * num_columns + column
-    bits = row_bits(load_seed(seed, SEED_IS_POINTER), row * num_columns, stream, COLUMNS, ALIGNED)
+    first = first_index + row * num_columns
+    bits = row_bits(load_seed(seed, SEED_IS_POINTER), first, stream, COLUMNS, ALIGNED)
     x = tl.load(x_pointer + offset, mask=inside, other=0.0).to(tl.float32)
     z = tl.where(bits.to(tl.int32) >= threshold, x * scale, 0.0)
     if HAS_RESIDUAL:
@@ -99,6 +101,7 @@ def backward_kernel(
     grad_residual_pointer,
     partial_pointer,
     seed,
+    first_index,
     num_rows,
     num_columns,
     num_chunks,
@@ -145,7 +148,7 @@ def backward_kernel(
             grad += tl.load(grad_z_pointer + offset, mask=inside, other=0.0).to(tl.float32)
         element_type = grad_x_pointer.dtype.element_ty
         tl.store(grad_residual_pointer + offset, grad.to(element_type), mask=inside)
-        bits = row_bits(key, row * num_columns, stream, COLUMNS, ALIGNED)
+        bits = row_bits(key, first_index + row * num_columns, stream, COLUMNS, ALIGNED)
         grad = tl.where(bits.to(tl.int32) >= threshold, grad * scale, 0.0)
         tl.store(grad_x_pointer + offset, grad.to(element_type), mask=inside)
     part = partial_pointer + chunk * num_columns + column
@@ -183,6 +186,7 @@ def _forward(
         return
     num_columns = x.shape[-1]
     argument, is_pointer = seed_argument(seed)
+    first_index = shard_argument(seed)[0]
     columns = _columns(num_columns)
     values, value_scale = (x, rstd) if quantized is None else quantized
     forward_kernel[(x.shape[:-1].numel(),)](
@@ -197,6 +201,7 @@ def _forward(
         values,
         value_scale,
         argument,
+        first_index,
         num_columns,
         threshold,
         stream,
@@ -209,7 +214,7 @@ def _forward(
         KEEP_Y=y is not None,
         KEEP_Z=z is not None,
         QUANTIZE=quantized is not None,
-        ALIGNED=num_columns % 8 == 0,
+        ALIGNED=num_columns % 8 == 0 and first_index % 8 == 0,
         SEED_IS_POINTER=is_pointer,
         COLUMNS=columns,
         num_warps=_num_warps(columns),
@@ -268,6 +273,7 @@ def dropout_add_norm_backward_triton(
     chunks = triton.cdiv(num_rows, CHUNK_ROWS)
     partial = torch.empty((2, chunks, num_columns), dtype=torch.float32, device=z.device)
     argument, is_pointer = seed_argument(seed)
+    first_index = shard_argument(seed)[0]
     columns = _columns(num_columns)
     if z.numel() > 0:
         backward_kernel[(chunks,)](
@@ -281,6 +287,7 @@ def dropout_add_norm_backward_triton(
             grad_residual,
             partial,
             argument,
+            first_index,
             num_rows,
             num_columns,
             chunks,
@@ -290,7 +297,7 @@ def dropout_add_norm_backward_triton(
             RMS=rms,
             HAS_GRAD_Z=grad_z is not None,
             HAS_WEIGHT=weight is not None,
-            ALIGNED=num_columns % 8 == 0,
+            ALIGNED=num_columns % 8 == 0 and first_index % 8 == 0,
             SEED_IS_POINTER=is_pointer,
             CHUNK_ROWS=CHUNK_ROWS,
             COLUMNS=columns,
