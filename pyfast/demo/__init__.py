@@ -31,6 +31,7 @@ def main(arguments: argparse.Namespace) -> int:
     if missing:
         return _refuse(f"{' and '.join(missing)} not found: pip install 'pyfast[demo]'")
     from .data import load_corpus
+    from .processes import joined, launch
     from .run import run
 
     try:
@@ -38,7 +39,10 @@ def main(arguments: argparse.Namespace) -> int:
         corpus = load_corpus(options.text, options.context)
     except UsageError as error:
         return _refuse(str(error))
-    return run(options, corpus)
+    if options.nproc > 1:
+        return launch(options)
+    with joined(options) as options:
+        return run(options, corpus)
 
 
 def _refuse(text: str) -> int:

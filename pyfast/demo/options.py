@@ -33,6 +33,7 @@ class Options:
     dtype: str = "float32"
     state_dtype: str | None = None
     seed: int = 0
+    nproc: int = 1
     text: Path | None = None
     out: Path = Path("report")
 
@@ -45,13 +46,17 @@ class Options:
 
     def _check(self) -> None:
         smallest = {"steps": MIN_STEPS, "seed": 0}
-        for name in ("steps", "layers", "width", "heads", "context", "batch", "seed"):
+        for name in ("steps", "layers", "width", "heads", "context", "batch", "seed", "nproc"):
             least, value = smallest.get(name, 1), getattr(self, name)
             if value < least:
                 raise UsageError(f"--{name} must be at least {least}, got {value}")
         if self.width % self.heads:
             raise UsageError(
                 f"--width must be a multiple of --heads ({self.heads}), got {self.width}"
+            )
+        if self.batch % self.nproc:
+            raise UsageError(
+                f"--batch must be a multiple of --nproc ({self.nproc}), got {self.batch}"
             )
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"--device must be cpu or cuda, got {self.device}")
@@ -85,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "heads": "attention heads",
         "context": "bytes that the model sees",
         "batch": "sequences in a step",
+        "nproc": "processes of this machine that train together, through torchrun and FSDP2",
         "seed": "seed of the initial weights, the batches, the dropout masks and the sample",
     }
     for name, text in texts.items():

@@ -17,6 +17,7 @@ from .generation import generate, readable
 from .html_report import write_html
 from .model import GPT
 from .options import Options
+from .processes import gathered, rank, shard
 from .quantization import quantize
 from .report import Results, environment, print_introduction, print_results, write_json
 from .training import LEARNING_RATE, Run, held_out_losses, make_run, measure_memory, train
@@ -28,18 +29,21 @@ SHOWN_STEPS = 20  # the figures beside the bars are medians and means over so ma
 
 def run(options: Options, corpus: Corpus) -> int:
     """Train, compare and report; returns the exit status. The caller's random state is kept."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=rank() > 0)
     options.out.mkdir(parents=True, exist_ok=True)
     gpus = [torch.cuda.current_device()] if options.device == "cuda" else []
     with torch.random.fork_rng(gpus):
         results = _run(options, corpus, console)
+    if results is None:
+        return 0
     write_json(results, options.out / "report.json")
     write_html(results, options.out / "report.html")
     print_results(results, console)
     return 1 if results.problems else 0
 
 
-def _run(options: Options, corpus: Corpus, console: Console) -> Results:
+def _run(options: Options, corpus: Corpus, console: Console) -> Results | None:
+    """The results, in the first of several processes alone."""
     torch.manual_seed(options.seed)
     stock = GPT(
         layers=options.layers, width=options.width, heads=options.heads, context=options.context
@@ -48,10 +52,17 @@ def _run(options: Options, corpus: Corpus, console: Console) -> Results:
     patch_report = pyfast.patch(patched)
     parameters = sum(parameter.numel() for parameter in stock.parameters())
     print_introduction(options, corpus, parameters, console)
+    whole = [copy.deepcopy(model) if options.nproc > 1 else model for model in (stock, patched)]
+    for model in (stock, patched):
+        shard(model)
     runs = make_run("stock", stock), make_run("patched", patched)
     _replace_optimizer(runs[1], options.state_dtype)
     with _progress(console) as progress:
         _train(runs, corpus, options, progress)
+    for run, like in zip(runs, whole, strict=True):
+        run.model = gathered(run.model, like)
+    if rank() > 0:
+        return None
     for run in runs:
         run.held_out_losses = held_out_losses(run.model, corpus, options)
         measure_memory(run, corpus, options)
@@ -63,9 +74,9 @@ def _run(options: Options, corpus: Corpus, console: Console) -> Results:
         runs=runs,
         comparison=comparison,
         patch_report=patch_report,
-        sample=readable(generate(patched, PROMPT, SAMPLE_LENGTH, options.seed)),
+        sample=readable(generate(runs[1].model, PROMPT, SAMPLE_LENGTH, options.seed)),
         # What a model that is wrong already loses says nothing about quantization.
-        quantization=None if comparison.problems else quantize(patched, corpus, options, PROMPT),
+        quantization=None if comparison.problems else quantize(runs[1].model, corpus, options, PROMPT),
         environment=environment(options.device),
     )
 

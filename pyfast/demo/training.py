@@ -16,6 +16,7 @@ from torch import Tensor
 from .data import Corpus, random_windows, spaced_windows
 from .model import GPT
 from .options import DTYPES, Options
+from .processes import mean_over_processes, part_of, rank
 
 LEARNING_RATE = 1e-3
 WARMUP_SHARE = 0.1
@@ -52,11 +53,11 @@ def train(
     generator = torch.Generator().manual_seed(options.seed)
     for step in range(options.steps):
         windows = random_windows(corpus.train, options.batch, options.context, generator)
-        windows = windows.to(options.device)
+        windows = part_of(windows).to(options.device)
         for run in runs if step % 2 else reversed(runs):
             for group in run.optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * _schedule(step, options.steps)
-            torch.manual_seed(options.seed * 1_000_003 + step)
+            torch.manual_seed((options.seed + 1_000_003 * rank()) * 1_000_003 + step)
             _train_step(run, windows, options)
         on_step()
 
@@ -78,7 +79,7 @@ def _train_step(run: Run, windows: Tensor, options: Options) -> None:
     run.optimizer.zero_grad()
     _wait(options.device)
     run.step_seconds.append(time.perf_counter() - start)
-    run.losses.append(loss.item())
+    run.losses.append(mean_over_processes(loss.detach()))
 
 
 def _losses(model: GPT, windows: Tensor, options: Options) -> Tensor:  # [batch]
