@@ -39,7 +39,9 @@ $(VENV)/installed: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	    setuptools pybind11 cmake ninja torch numpy triton rich matplotlib pytest pytest-benchmark \
-	    hypothesis expecttest build ruff mypy clang-format
+	    hypothesis expecttest build ruff mypy clang-format \
+	    accelerate diffusers lightning peft safetensors transformers x-transformers
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps timm
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)

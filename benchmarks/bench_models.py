@@ -1,0 +1,235 @@
+"""Whole models of transformers, as they are and with pyfast: a training step with the dropout of
+their configurations and AdamW, and decoding with a cache of keys and values.
+
+Rows: ``torch`` is the stock model with attention "sdpa" and torch's fused AdamW; ``activated`` the
+same in ``pyfast.activate()`` with pyfast's AdamW; ``pyfast`` has pyfast's attention registered, its
+modules patched and its optimizer. Weights are random, bfloat16 ones are bfloat16 throughout.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import pyfast
+
+from .cases import BaseCase, Call, Prepared, first_line, parametrize, run_with_pytest
+
+if TYPE_CHECKING:
+    import pytest
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+LAYERS = 4
+CACHED = 2000  # tokens
+MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of logits, over their deviation
+
+
+def _bert(**options: Any) -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(num_hidden_layers=LAYERS, **options)
+    return BertForSequenceClassification._from_config(config, attn_implementation="sdpa")
+
+
+def _gpt2(**options: Any) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_layer=LAYERS, **options)
+    return GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
+
+
+def _llama(**options: Any) -> nn.Module:
+    """The sizes of Llama 3.2 1B, with fewer layers and a smaller vocabulary."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    }
+    config = LlamaConfig(num_hidden_layers=LAYERS, **(sizes | options))
+    return LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+
+
+@dataclass(frozen=True)
+class ModelCase(BaseCase):
+    """A model over ``shape`` = (batch, tokens); decoding is one token after so many.
+
+    Attributes:
+        build: makes the model; takes options of its configuration.
+        trains: a training step; otherwise a step of decoding.
+    """
+
+    build: Callable[..., nn.Module]
+    trains: bool = True
+
+    @property
+    def num_bytes(self) -> int:
+        """The parameters once."""
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in self.build().parameters())
+        return parameters * self.dtype.itemsize
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        return "torch", "activated", "pyfast"
+
+    def prepare(self, device: torch.device) -> PreparedModel:
+        return PreparedModel(self, device)
+
+
+class PreparedModel(Prepared):
+    def __init__(self, case: ModelCase, device: torch.device) -> None:
+        super().__init__(case, device)
+        self.case = case
+        torch.manual_seed(0)
+        self.stock = case.build().to(device, case.dtype)
+        batch, length = case.shape
+        vocabulary = self.stock.config.vocab_size  # type: ignore[union-attr]
+        self.tokens = torch.randint(vocabulary, (batch, length), device=device)
+
+    def like(self) -> Tensor:
+        return next(self.stock.parameters())
+
+    @property
+    def backend(self) -> str:
+        return pyfast.ops._op.registered()["attention"].backend_of(self.like())
+
+    def _model(self, implementation: str) -> nn.Module:
+        model = copy.deepcopy(self.stock)
+        if implementation == "pyfast":
+            pyfast.patch(model)
+            _with_attention(model)
+        return model.train(self.case.trains)
+
+    def call(self, implementation: str) -> Call:
+        model = self._model(implementation)
+        step = self._training_step if self.case.trains else self._decoding_step
+        made = step(model, implementation)
+        return _activated(made) if implementation == "activated" else made
+
+    def _training_step(self, model: nn.Module, implementation: str) -> Call:
+        parameters = model.parameters()
+        optimizer: torch.optim.Optimizer
+        if implementation == "torch":
+            optimizer = torch.optim.AdamW(parameters, 1e-5, fused=True)
+        else:
+            optimizer = pyfast.optim.AdamW(parameters, 1e-5)
+        labels = self._labels(model)
+
+        def step() -> None:
+            model(input_ids=self.tokens, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def _labels(self, model: nn.Module) -> Tensor:
+        classifies = "Classification" in type(model).__name__
+        return self.tokens[:, 0] % 2 if classifies else self.tokens
+
+    def _decoding_step(self, model: nn.Module, implementation: str) -> Call:
+        """The next token, and then again: the cache is cut back to its length."""
+        with torch.no_grad():
+            cache = model(input_ids=self.tokens, use_cache=True, logits_to_keep=1).past_key_values
+        token = self.tokens[:, -1:]
+
+        def step() -> Tensor:
+            with torch.no_grad():
+                logits: Tensor = model(input_ids=token, past_key_values=cache).logits
+            cache.crop(self.case.shape[1])
+            return logits
+
+        return step
+
+    def check(self) -> str:
+        """What is wrong with logits and gradients in evaluation; empty if nothing."""
+        try:
+            results = {name: self._results(name) for name in self.case.implementations}
+        except Exception as error:
+            return first_line(error)
+        most = MAX_DIFFERENCE[self.case.dtype]
+        found = []
+        for name in self.case.implementations[1:]:
+            for result, expected in zip(results[name], results["torch"], strict=True):
+                error = ((result - expected).abs().max() / expected.std()).item()
+                if not error <= most:
+                    found.append(f"{name}: differs by {error:.2g} of a deviation, allowed {most}")
+        return "; ".join(found)
+
+    def _results(self, implementation: str) -> list[Tensor]:
+        model = self._model(implementation)
+        if not self.case.trains:
+            call = self._decoding_step(model, implementation)
+            run = _activated(call) if implementation == "activated" else call
+            return [run().float()]
+        model.eval()
+
+        def run_model() -> list[Tensor]:
+            output = model(input_ids=self.tokens, labels=self._labels(model))
+            output.loss.backward()
+            weight = next(p for p in model.parameters() if p.dim() == 2)
+            return [output.logits.detach().float(), weight.grad.float()]  # type: ignore[union-attr]
+
+        return (_activated(run_model) if implementation == "activated" else run_model)()
+
+
+def _with_attention(model: nn.Module) -> None:
+    from pyfast.integrations.transformers import register
+
+    register()
+    model.set_attn_implementation("pyfast")  # type: ignore[operator]
+
+
+def _activated(call: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        with pyfast.activate():
+            return call()
+
+    return run
+
+
+_case = functools.partial(ModelCase, "models")
+_DTYPES = (torch.float32, torch.bfloat16)
+_FLOOR = {torch.float32: 1.4, torch.bfloat16: 1.6}
+CASES = [
+    *(
+        _case(name, shape, dtype, build, floors={"torch": _FLOOR[dtype]})
+        for name, shape, build in (
+            ("BERT, 4 layers, training", (4, 512), _bert),
+            ("GPT-2, 4 layers, training", (2, 512), _gpt2),
+        )
+        for dtype in _DTYPES
+    ),
+    *(
+        _case(
+            "Llama, 4 layers, decoding",
+            (batch, CACHED),
+            torch.bfloat16,
+            _llama,
+            trains=False,
+            floors={"torch": 2.0} if batch > 1 else {},
+        )
+        for batch in (1, 8)
+    ),
+]
+if importlib.util.find_spec("transformers") is None:
+    CASES = []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    parametrize(metafunc, CASES)
+
+
+def test_models(benchmark: BenchmarkFixture, case: BaseCase, implementation: str) -> None:
+    run_with_pytest(benchmark, case, implementation)

@@ -1,0 +1,1 @@
+"""pyfast inside other packages' models; each module imports the package it serves when used."""
