@@ -91,11 +91,13 @@ class FusedOptimizer(Optimizer):
         after unscaling: a float32 scalar. None before the first."""
         return self._grad_norm
 
-    # GradScaler asks for this name: the step takes grad_scale and found_inf. torch's constructors
-    # set it where their own step does.
+    # GradScaler asks for this name: the step takes grad_scale and found_inf. As with torch's
+    # optimizers it is so with fused=True alone, for Lightning refuses to clip where it is; and with
+    # zero_grads, for nothing else would zero the gradients of a step that is skipped.
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        if self._is_torchs():
+        wanted = self.defaults.get("fused") or self.defaults.get("zero_grads")
+        if not wanted or self._is_torchs():
             return False
         params = [p for group in self.param_groups for p in group["params"]]
         if any(p.grad is not None and p.grad.is_sparse for p in params):
