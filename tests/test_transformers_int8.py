@@ -315,6 +315,14 @@ def test_imported_twice(saved: Models, mappings: list[dict[str, Any]]) -> None:
     importlib.reload(again)
 
 
+def test_register_is_enough(mappings: list[dict[str, Any]]) -> None:
+    """Of the attention: transformers would read a saved int8 model as floats otherwise."""
+    for mapping in mappings:
+        mapping.pop("pyfast")
+    pyfast.integrations.transformers.register()
+    assert all("pyfast" in mapping for mapping in mappings)
+
+
 def test_name_that_is_taken(mappings: list[dict[str, Any]]) -> None:
     class Other(mappings[1]["pyfast"]):  # type: ignore[misc]
         pass

@@ -74,7 +74,8 @@ def register(name: str = "pyfast") -> None:
     Afterwards ``attn_implementation=name`` works in ``from_config`` and ``from_pretrained``, and
     ``model.set_attn_implementation(name)`` on a model that is there. The attention function and its
     mask function are registered together: without the second, transformers makes no masks.
-    Calling it again changes nothing.
+    With transformers 5, checkpoints that were saved with :class:`PyfastConfig` can be loaded then,
+    too. Calling it again changes nothing.
 
     It replaces transformers' "sdpa", with these differences: softcap (Gemma 2) and sinks (gpt-oss)
     are served; keys and values are not repeated for grouped queries; dropout happens in the kernel,
@@ -101,12 +102,15 @@ def register(name: str = "pyfast") -> None:
     Raises:
         ImportError: without transformers, or with one older than 4.53.
         TypeError, ValueError: for a name that transformers would not take as a name of ours, or
-            that another function has in one of the two interfaces; nothing is registered then.
+            that another function has in one of the two interfaces, or where another package has
+            the quantization method "pyfast"; nothing is registered then.
     """
     _check_name("register", name)
     interfaces = _interfaces()
     _check_not_taken("register", name, interfaces)
     functions = importlib.import_module("._transformers_attention", __package__)
+    if int(importlib.import_module("transformers").__version__.split(".", 1)[0]) >= 5:
+        importlib.import_module("._transformers_int8", __package__).register_quantizer()
     interfaces["AttentionMaskInterface"].register(name, functions.attention_mask)
     interfaces["AttentionInterface"].register(name, functions.attention_forward)
 
