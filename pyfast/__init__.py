@@ -7,6 +7,7 @@ drop-in for torch.nn. ``python -m pyfast info`` shows what is usable on this mac
 from __future__ import annotations
 
 from . import nn, optim, quantization
+from ._activate import Activation, activate
 from ._backend import BackendStatus, backends, use_backend
 from ._explain import Explanation, explain
 from ._patch import PatchReport, patch
@@ -15,10 +16,12 @@ from ._version import __version__
 from .ops.dropout_mask import dropout_mask
 
 __all__ = [
+    "Activation",
     "BackendStatus",
     "Explanation",
     "PatchReport",
     "__version__",
+    "activate",
     "backends",
     "dropout_mask",
     "explain",

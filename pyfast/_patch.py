@@ -9,11 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn
 
 from . import nn
+from ._patch_notes import notes_on
+from ._patch_optimizer import _scheduled_step, patch_optimizer
+
+if TYPE_CHECKING:
+    from .quantization import QuantizationReport
+    from .quantization._configs import Config
 
 _REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.Dropout: nn.Dropout,
@@ -55,10 +62,17 @@ class PatchReport:
     Attributes:
         entries: in the order of ``model.named_modules()``.
         dry_run: True where nothing was changed, and the entries say what would be.
+        notes: what patch cannot replace in this model, and what would, in words.
+        int8: the report of :func:`pyfast.quantization.quantize_`, where that was asked for.
+        optimizer: the classes of the optimizer before and after, where one was given.
     """
 
     entries: list[PatchEntry]
     dry_run: bool = False
+    notes: list[str] = field(default_factory=list)
+    int8: QuantizationReport | None = None
+    optimizer: tuple[type[torch.optim.Optimizer], type[torch.optim.Optimizer]] | None = None
+    _optimizer: torch.optim.Optimizer | None = field(default=None, repr=False)
     _undone: bool = field(default=False, init=False)
 
     def __len__(self) -> int:
@@ -78,10 +92,11 @@ class PatchReport:
         return [entry for entry in self.entries if entry.target is None]
 
     def undo(self) -> None:
-        """Give every swapped module its former class back.
+        """Give every swapped module, and the optimizer, its former class back.
 
-        A module whose class was changed again since the patch is left alone. Only the first call
-        does anything, and none does after a dry run.
+        What was changed again since the patch is left alone, and int8 weights stay: they do not
+        hold what they were made from (:func:`pyfast.quantization.dequantize_` gives what they
+        stand for). Only the first call does anything, and none does after a dry run.
         """
         if self.dry_run or self._undone:
             return
@@ -89,11 +104,22 @@ class PatchReport:
         for entry in self.swapped:
             if type(entry._module) is entry.target:
                 entry._module.__class__ = entry.source
+        if self._optimizer is not None and self.optimizer is not None:
+            _unpatch_optimizer(self._optimizer, *self.optimizer)
 
     def __repr__(self) -> str:
         return f"<PatchReport: {len(self.swapped)} swapped, {len(self.skipped)} skipped>"
 
     def __str__(self) -> str:
+        parts = [self._table()]
+        if self.int8 is not None:
+            parts.append(str(self.int8))
+        if self.optimizer is not None:
+            source, target = (f"{kind.__module__}.{kind.__qualname__}" for kind in self.optimizer)
+            parts.append(f"the optimizer: {source} to {target}")
+        return "\n".join([*parts, *(f"note: {note}" for note in self.notes)])
+
+    def _table(self) -> str:
         if not self.entries:
             return "pyfast.patch: the model has no module that pyfast replaces"
         rows = [("module", "from", "to, or why not")]
@@ -141,7 +167,56 @@ def _why_skipped(module: torch.nn.Module) -> str | None:
     return None
 
 
-def patch(model: torch.nn.Module, dry_run: bool = False) -> PatchReport:
+def _unpatch_optimizer(
+    optimizer: torch.optim.Optimizer,
+    source: type[torch.optim.Optimizer],
+    target: type[torch.optim.Optimizer],
+) -> None:
+    step = vars(optimizer).get("step")
+    if type(optimizer) is not target or not (step is None or hasattr(step, "_wrapped_by_lr_sched")):
+        return  # changed since
+    optimizer.__class__ = source
+    optimizer._patch_step_function()
+    if step is not None:
+        optimizer.step = _scheduled_step(optimizer)  # type: ignore[method-assign]
+
+
+def _plan_int8(model: torch.nn.Module, config: Config) -> str:
+    from .quantization._quantize import _choose, _Found
+
+    found = _Found("patch", model)
+    chosen, _ = _choose(found, config, None)
+    names = ", ".join(found.name(module) for module in chosen.values())
+    return f"int8: {len(chosen)} modules would be quantized" + (f": {names}" if names else "")
+
+
+def _check(
+    model: torch.nn.Module, int8: Config | None, optimizer: torch.optim.Optimizer | None
+) -> None:
+    if not isinstance(model, torch.nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"patch: model must be a torch.nn.Module, got {what}")
+    if int8 is None:
+        return
+    from .quantization._configs import Config
+
+    if not isinstance(int8, Config):
+        what = f"the class {int8.__name__}" if isinstance(int8, type) else type(int8).__name__
+        raise TypeError(f"patch: int8 must be a configuration of pyfast.quantization, got {what}")
+    if optimizer is not None:
+        raise ValueError(
+            "patch: int8 and optimizer must not be given together: quantizing replaces the "
+            "parameters that the optimizer holds"
+        )
+
+
+def patch(
+    model: torch.nn.Module,
+    dry_run: bool = False,
+    *,
+    int8: Config | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> PatchReport:
     """Make a model use pyfast: swap the modules that pyfast replaces, in place.
 
     What is replaced, by pyfast.nn's class of the same name: ``torch.nn.Dropout``, ``Dropout1d``,
@@ -161,22 +236,30 @@ def patch(model: torch.nn.Module, dry_run: bool = False) -> PatchReport:
     What is left alone, and reported with the reason: subclasses of these classes, modules whose
     ``forward`` is overridden on the instance, modules that are pyfast's already, and ScriptModules
     with all that is in them. Modules of other types are not listed. Attention and dropout that a
-    ``forward`` calls as functions are not seen.
+    ``forward`` calls as functions are not replaced: the report names those that a search of the
+    source of the model's classes finds (calls by way of other functions it does not), and
+    :func:`pyfast.activate` reaches them.
 
     Args:
         model: the model; swapped itself if it is an instance of one of these classes.
         dry_run: change nothing, report what would be. Default: ``False``
+        int8: also quantize the model: :func:`pyfast.quantization.quantize_` with this
+            configuration, for a model that is deployed. ``undo()`` does not bring the weights back.
+        optimizer: also make this optimizer of the model pyfast's, for one that is trained:
+            :func:`pyfast.patch_optimizer`.
 
     Returns:
         A :class:`PatchReport`: ``print`` it, iterate over it, or call its ``undo()``. It holds
-        references to the modules it lists.
+        references to the modules it lists, and to the optimizer. A model without anything to
+        replace is no error: the report is empty, and says so.
 
     Raises:
-        TypeError: if ``model`` is not a ``torch.nn.Module``.
+        TypeError: if ``model`` is not a ``torch.nn.Module``, ``int8`` no configuration, or
+            ``optimizer`` not one that pyfast replaces.
+        ValueError: if ``int8`` and ``optimizer`` are given together, or one of them cannot be
+            served. Nothing is changed then.
     """
-    if not isinstance(model, torch.nn.Module):
-        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        raise TypeError(f"patch: model must be a torch.nn.Module, got {what}")
+    _check(model, int8, optimizer)
     modules: dict[int, torch.nn.Module] = {}
     paths: dict[int, list[str]] = {}
     for path, module in _find(model):
@@ -190,4 +273,21 @@ def patch(model: torch.nn.Module, dry_run: bool = False) -> PatchReport:
             entries.append(PatchEntry(", ".join(paths[key]), source, target, reason, module))
             if target is not None and not dry_run:
                 module.__class__ = target
-    return PatchReport(entries, dry_run)
+    report = PatchReport(entries, dry_run, notes_on(model))
+    try:
+        if int8 is not None and dry_run:
+            report.notes.insert(0, _plan_int8(model, int8))
+        elif int8 is not None:
+            from .quantization import quantize_
+
+            report.int8 = quantize_(model, int8)
+        if optimizer is not None:
+            former = type(optimizer)
+            report.optimizer = former, type(patch_optimizer(optimizer))
+            report._optimizer = optimizer
+    except BaseException:
+        report.undo()
+        raise
+    if optimizer is not None and dry_run and report.optimizer is not None:
+        _unpatch_optimizer(optimizer, *report.optimizer)
+    return report

@@ -102,3 +102,12 @@ def test_triton_launches_where_its_tensors_are(
         expected = pyfast.nn.functional.dropout(x.detach().cpu(), 0.5, seed=3)
     assert torch.equal(out.detach().cpu(), expected)
     assert [t.device for t in seen] == [x.device, x.device]
+
+
+@pytest.mark.parametrize("size", [64, 1 << 20])
+def test_every_dropout_is_seen(size: int) -> None:
+    """Small ones with a gradient, and those in place, have paths of their own."""
+    x = torch.ones(size, requires_grad=True)
+    assert [s.op for s in pyfast.explain("dropout", x, 0.5)] == ["dropout"]
+    assert [s.op for s in pyfast.explain("dropout", x * 1, 0.5, inplace=True)] == ["dropout"]
+    assert [s.op for s in pyfast.explain("dropout", x.detach(), 0.5, inplace=True)] == ["dropout"]

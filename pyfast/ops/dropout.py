@@ -22,6 +22,7 @@ from ._rule import check_probability, resolve_seed, scale_of, threshold_of
 _native_dropout: Any = getattr(native, "dropout", None)
 _torch_empty_like = torch.empty_like
 _forced = _backend.forced
+_observers = _backend.observers
 _is_grad_enabled = torch.is_grad_enabled
 _SELU_SATURATION = 1.7580993408473766  # -alpha' of Klambauer et al. 2017: lambda * alpha
 
@@ -144,7 +145,13 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         ctx.arguments = arguments
-        if x.is_cpu and x.numel() < LARGE and _forced() is None and _native_dropout is not None:
+        if (
+            x.is_cpu
+            and x.numel() < LARGE
+            and _forced() is None
+            and not _observers
+            and _native_dropout is not None
+        ):
             try:
                 y = _torch_empty_like(x)
                 _native_dropout(x, y, *arguments, get_num_threads())
@@ -179,7 +186,10 @@ _inplace_dropout: Any = _InplaceDropout.apply
 
 
 def _run_inplace(x: Tensor, seed: int | Tensor, *arguments: Any) -> None:
-    if dropout_op.backend_of(x) in ("cpu", "cuda"):
+    backend = dropout_op.backend_of(x)
+    if backend in ("cpu", "cuda"):
+        if _observers:
+            _backend.report("dropout", dropout_op.kernels, x, backend, "", "")
         _native_dropout(x, x, seed, *arguments, get_num_threads())
     else:
         x.copy_(dropout_op.run(x, seed, *arguments))
