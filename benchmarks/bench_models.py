@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import pyfast
+from pyfast.ops._op import registered
 
 from .cases import BaseCase, Call, Prepared, first_line, parametrize, run_with_pytest
 
@@ -31,21 +32,25 @@ CACHED = 2000  # tokens
 MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of logits, over their deviation
 
 
-def _bert(**options: Any) -> nn.Module:
+def _with_sdpa(cls: Any, config: Any) -> Any:
+    return cls._from_config(config, attn_implementation="sdpa")
+
+
+def _bert(**options: Any) -> Any:
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(num_hidden_layers=LAYERS, **options)
-    return BertForSequenceClassification._from_config(config, attn_implementation="sdpa")
+    return _with_sdpa(BertForSequenceClassification, config)
 
 
-def _gpt2(**options: Any) -> nn.Module:
+def _gpt2(**options: Any) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(n_layer=LAYERS, **options)
-    return GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
+    return _with_sdpa(GPT2LMHeadModel, config)
 
 
-def _llama(**options: Any) -> nn.Module:
+def _llama(**options: Any) -> Any:
     """The sizes of Llama 3.2 1B, with fewer layers and a smaller vocabulary."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -58,7 +63,7 @@ def _llama(**options: Any) -> nn.Module:
         "max_position_embeddings": 4096,
     }
     config = LlamaConfig(num_hidden_layers=LAYERS, **(sizes | options))
-    return LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+    return _with_sdpa(LlamaForCausalLM, config)
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,14 @@ class ModelCase(BaseCase):
         trains: a training step; otherwise a step of decoding.
     """
 
-    build: Callable[..., nn.Module]
+    build: Callable[..., Any]
     trains: bool = True
 
     @property
     def num_bytes(self) -> int:
         """The parameters once."""
         with torch.device("meta"):
-            parameters = sum(p.numel() for p in self.build().parameters())
+            parameters: int = sum(p.numel() for p in self.build().parameters())
         return parameters * self.dtype.itemsize
 
     @property
@@ -93,19 +98,19 @@ class PreparedModel(Prepared):
         super().__init__(case, device)
         self.case = case
         torch.manual_seed(0)
-        self.stock = case.build().to(device, case.dtype)
+        self.stock: Any = case.build().to(device, case.dtype)
         batch, length = case.shape
-        vocabulary = self.stock.config.vocab_size  # type: ignore[union-attr]
+        vocabulary = self.stock.config.vocab_size
         self.tokens = torch.randint(vocabulary, (batch, length), device=device)
 
     def like(self) -> Tensor:
-        return next(self.stock.parameters())
+        return self.stock.get_input_embeddings().weight  # type: ignore[no-any-return]
 
     @property
     def backend(self) -> str:
-        return pyfast.ops._op.registered()["attention"].backend_of(self.like())
+        return registered()["attention"].backend_of(self.like())
 
-    def _model(self, implementation: str) -> nn.Module:
+    def _model(self, implementation: str) -> Any:
         model = copy.deepcopy(self.stock)
         if implementation == "pyfast":
             pyfast.patch(model)
@@ -162,9 +167,9 @@ class PreparedModel(Prepared):
         found = []
         for name in self.case.implementations[1:]:
             for result, expected in zip(results[name], results["torch"], strict=True):
-                error = ((result - expected).abs().max() / expected.std()).item()
-                if not error <= most:
-                    found.append(f"{name}: differs by {error:.2g} of a deviation, allowed {most}")
+                wrong = ((result - expected).abs().max() / expected.std()).item()
+                if not wrong <= most:
+                    found.append(f"{name}: differs by {wrong:.2g} of a deviation, allowed {most}")
         return "; ".join(found)
 
     def _results(self, implementation: str) -> list[Tensor]:
@@ -184,11 +189,11 @@ class PreparedModel(Prepared):
         return (_activated(run_model) if implementation == "activated" else run_model)()
 
 
-def _with_attention(model: nn.Module) -> None:
+def _with_attention(model: Any) -> None:
     from pyfast.integrations.transformers import register
 
     register()
-    model.set_attn_implementation("pyfast")  # type: ignore[operator]
+    model.set_attn_implementation("pyfast")
 
 
 def _activated(call: Callable[[], Any]) -> Callable[[], Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import _backend
+from ._self_test import self_test
 from ._version import __version__
 
 
@@ -51,49 +52,11 @@ def _gpus() -> list[dict[str, Any]]:
     ]
 
 
-def _self_test() -> dict[str, str]:
-    """Every op on every usable backend against the reference, forward and backward."""
-    from .nn import functional as F
-
-    def outputs(op: str, device: str) -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        x, residual, grad = torch.randn(3, 37, 264, generator=generator).to(device).unbind()
-        x = x.requires_grad_()
-        weight = torch.linspace(0.5, 2, 264, device=device)
-        if op == "dropout":
-            y = F.dropout(x, 0.3, seed=7)
-        elif op == "bias_dropout_add":
-            y = F.bias_dropout_add(x, weight, residual, 0.3, seed=7)
-        elif op == "dropout_add_norm":
-            y, _ = F.dropout_add_norm(x, residual, weight, None, 0.3, prenorm=True, seed=7)
-        else:
-            y = F.dropconnect_linear(x, residual, None, 0.3, seed=7)
-            grad = grad[:, : residual.shape[0]]
-        return [y.detach().cpu(), torch.autograd.grad(y, x, grad)[0].cpu()]
-
-    results = {}
-    for op, row in _backend.backends().items():
-        with _backend.use_backend("reference"):
-            expected = outputs(op, "cpu")
-        for backend, status in row.items():
-            if not status.usable or backend == "reference":
-                continue
-            on_gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
-            with _backend.use_backend(backend):
-                actual = outputs(op, "cuda" if on_gpu else "cpu")
-            agree = all(
-                torch.allclose(a, e, rtol=1e-4, atol=1e-4)
-                for a, e in zip(actual, expected, strict=True)
-            )
-            results[f"{op} on {backend}"] = "ok" if agree else "WRONG RESULT"
-    return results
-
-
 def collect() -> dict[str, Any]:
     """Everything that ``info`` shows, as plain data."""
     native = _backend.native
     start = time.perf_counter()
-    self_test = _self_test()
+    self_test_results = self_test()
     return {
         "versions": {
             "pyfast": __version__,
@@ -114,7 +77,7 @@ def collect() -> dict[str, Any]:
             for op, row in _backend.backends().items()
         },
         "forced_backend": _backend.forced(),
-        "self_test": self_test,
+        "self_test": self_test_results,
         "self_test_seconds": round(time.perf_counter() - start, 3),
     }
 

@@ -166,24 +166,17 @@ def _num_warps(columns: int) -> int:
 
 def _forward(
     x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: int | Tensor,
-    threshold: int,
-    stream: int,
-    scale: float,
-    eps: float,
-    rms: bool,
+    inputs: tuple[Any, ...],
     y: Tensor | None,
     z: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     quantized: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Write what is not None."""
+    """Write what is not None. ``inputs``: the op's arguments between x and ``keep_z``."""
     if x.numel() == 0:
         return
+    residual, weight, bias, seed, threshold, stream, scale, eps, rms = inputs
     num_columns = x.shape[-1]
     argument, is_pointer = seed_argument(seed)
     first_index = shard_argument(seed)[0]
@@ -230,24 +223,24 @@ def _statistics(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
 
 def dropout_add_norm_triton(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``dropout_add_norm_reference``."""
-    *inputs, rms, keep_z = arguments
+    rms, keep_z = arguments[-2:]
     x = x.contiguous()
     y = torch.empty_like(x)
     z = torch.empty_like(x) if keep_z else x.new_empty(0)
     mean, rstd = _statistics(x, rms)
-    _forward(x, *inputs, rms, y, z if keep_z else None, mean, rstd, None)
+    _forward(x, arguments[:-1], y, z if keep_z else None, mean, rstd, None)
     return y, z, mean, rstd
 
 
 def dropout_add_norm_int8_triton(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See ``dropout_add_norm_int8_reference``."""
-    *inputs, rms, keep_z = arguments
+    rms, keep_z = arguments[-2:]
     x = x.contiguous()
     values = torch.empty_like(x, dtype=torch.int8)
     value_scale = torch.ones(x.shape[:-1], dtype=torch.float32, device=x.device)
     kept = torch.empty_like(x)
     y, z = (None, kept) if keep_z else (kept, None)
-    _forward(x, *inputs, rms, y, z, *_statistics(x, rms), (values, value_scale))
+    _forward(x, arguments[:-1], y, z, *_statistics(x, rms), (values, value_scale))
     return values, value_scale, kept
 
 

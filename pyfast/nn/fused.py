@@ -102,7 +102,7 @@ class DropoutAddNorm(nn.Module):
 
     @leaf
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-        return F.dropout_add_norm(
+        return F.dropout_add_norm(  # type: ignore[return-value]
             x,
             residual,
             self.weight,

@@ -3,6 +3,7 @@ products."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, *seed_tensor = ctx.saved_tensors
     seed = seed_tensor[0] if seed_tensor else ctx.seed
-    rows, input_rows = (t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (grad, input))
+    rows, input_rows = (t.reshape(math.prod(t.shape[:-1]), t.shape[-1]) for t in (grad, input))
     grad_input = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_input = grad @ _drop(weight, seed, ctx.threshold)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,21 +35,15 @@ _STREAM = _random.DROPOUT_STREAM
 
 def _run_native(
     x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: int | Tensor,
-    threshold: int,
-    stream: int,
-    scale: float,
-    eps: float,
-    rms: bool,
+    inputs: tuple[Any, ...],
     y: Tensor | None,
     z: Tensor | None,
     quantized: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Write what is not None; ``(mean, rstd)``."""
-    x, residual, weight, bias = contiguous(x, residual, weight, bias)
+    """Write what is not None; ``(mean, rstd)``. x is contiguous; ``inputs``: the op's arguments
+    between x and ``keep_z``."""
+    residual, weight, bias, seed, threshold, stream, scale, eps, rms = inputs
+    residual, weight, bias = contiguous(residual, weight, bias)
     num_columns = x.shape[-1]
     num_rows = x.shape[:-1].numel()
     make = x.new_empty if num_columns else x.new_zeros  # nothing is written for empty rows
@@ -79,20 +74,22 @@ def _run_native(
 
 
 def _forward_native(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *inputs, keep_z = arguments
+    inputs, keep_z = arguments[:-1], arguments[-1]
+    (x,) = contiguous(x)  # outputs have its strides
     y = empty_like(x)
     z = empty_like(x) if keep_z else x.new_empty(0)
-    return y, z, *_run_native(x, *inputs, y, z if keep_z else None, None)
+    return y, z, *_run_native(x, inputs, y, z if keep_z else None, None)
 
 
 def _int8_native(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *inputs, keep_z = arguments
+    inputs, keep_z = arguments[:-1], arguments[-1]
+    (x,) = contiguous(x)
     values = empty(tuple(x.shape), torch.empty(0, dtype=torch.int8, device=x.device))
     make = x.new_empty if x.shape[-1] else x.new_ones
     value_scale = make(x.shape[:-1], dtype=torch.float32)
     kept = empty_like(x)
     y, z = (None, kept) if keep_z else (kept, None)
-    _run_native(x, *inputs, y, z, (values, value_scale))
+    _run_native(x, inputs, y, z, (values, value_scale))
     return values, value_scale, kept
 
 
@@ -220,8 +217,8 @@ _dropout_add_norm = Op(
     fake=lambda x, *arguments: (
         x.new_empty(x.shape),
         x.new_empty(x.shape if arguments[-1] else 0),
-        x.new_empty(0 if arguments[-2] else x.shape[:-1].numel(), dtype=compute_dtype(x)),
-        x.new_empty(x.shape[:-1].numel(), dtype=compute_dtype(x)),
+        x.new_empty(0 if arguments[-2] else math.prod(x.shape[:-1]), dtype=compute_dtype(x)),
+        x.new_empty(math.prod(x.shape[:-1]), dtype=compute_dtype(x)),
     ),
     setup_context=_setup_context,
     backward=_backward,

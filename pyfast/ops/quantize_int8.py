@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def _fake(
 
 
 quantize_int8_op = Op(
-    "quantize_int8(Tensor x, Tensor? scale, Tensor? smooth, int block_size, bool symmetric)"
+    "quantize_int8(Tensor x, Tensor? scale, Tensor? smooth, SymInt block_size, bool symmetric)"
     " -> (Tensor, Tensor, Tensor)",
     {
         "cpu": _native_kernel,
@@ -114,7 +115,7 @@ def _rows_of(x: Tensor, granularity: str, dim: int) -> Tensor:
         return x.reshape(1, x.numel())
     if granularity == "channel":
         others = x.movedim(dim, 0)
-        return others.reshape(others.shape[0], others.shape[1:].numel())
+        return others.reshape(others.shape[0], math.prod(others.shape[1:]))
     return x
 
 
