@@ -184,7 +184,7 @@ class PreparedModel(Prepared):
             output = model(input_ids=self.tokens, labels=self._labels(model))
             output.loss.backward()
             weight = next(p for p in model.parameters() if p.dim() == 2)
-            return [output.logits.detach().float(), weight.grad.float()]  # type: ignore[union-attr]
+            return [output.logits.detach().float(), weight.grad.float()]
 
         return (_activated(run_model) if implementation == "activated" else run_model)()
 

@@ -76,7 +76,9 @@ def _run(options: Options, corpus: Corpus, console: Console) -> Results | None:
         patch_report=patch_report,
         sample=readable(generate(runs[1].model, PROMPT, SAMPLE_LENGTH, options.seed)),
         # What a model that is wrong already loses says nothing about quantization.
-        quantization=None if comparison.problems else quantize(runs[1].model, corpus, options, PROMPT),
+        quantization=None
+        if comparison.problems
+        else quantize(runs[1].model, corpus, options, PROMPT),
         environment=environment(options.device),
     )
 
