@@ -59,9 +59,7 @@ void dropout(const Tensor& x, const Tensor& y, py::object seed, int64_t threshol
   if (x.ndim() > kMaxDims) throw py::value_error("dropout: x has more than 64 dimensions");
   params.num_elements = x.num_elements();
   if (params.num_elements == 0) return;
-  if (mask_ndim < 0 || mask_ndim > x.ndim()) {
-    throw py::value_error("dropout: mask_ndim must be at most " + std::to_string(x.ndim()));
-  }
+  mask_ndim = std::min<int64_t>(mask_ndim, x.ndim());
 
   Dimension dims[kMaxDims + 1];
   int ndim = 0;

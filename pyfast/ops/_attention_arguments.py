@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._native import compute_dtype
@@ -63,6 +65,17 @@ def check_sinks(op: str, sinks: Tensor | None, q: Tensor) -> Tensor | None:
             f"got {tuple(sinks.shape)} {sinks.dtype} on {sinks.device}"
         )
     return sinks.to(compute_dtype(q))
+
+
+def check_context(op: str) -> None:
+    """RuntimeError inside of torch's context_parallel, which would leave each rank with its part of
+    the keys: it knows torch's own attention alone."""
+    module = sys.modules.get("torch.distributed.tensor.experimental._context_parallel._attention")
+    if module is not None and F.scaled_dot_product_attention in module._replaced_functions:
+        raise RuntimeError(
+            f"{op}: torch's context_parallel() distributes torch's own attention alone; give "
+            "query, key and value as DTensors that are sharded along the sequence instead"
+        )
 
 
 def is_causal_bias(mask: Tensor | None) -> bool:

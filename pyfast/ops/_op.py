@@ -49,6 +49,22 @@ def is_eager(tensor: Tensor) -> bool:
     )
 
 
+def is_distributed(tensor: Any) -> bool:
+    """True for a DTensor, asked without importing its module."""
+    return isinstance(tensor, Tensor) and hasattr(tensor, "device_mesh")
+
+
+def _register_sharding_rules() -> None:
+    from ..distributed import register_sharding_rules
+
+    register_sharding_rules()
+
+
+# What torch.compiler.assume_constant_result does, which imports torch._dynamo: compilation then
+# calls the function instead of looking into it.
+_register_sharding_rules._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _is_plain(tensor: Tensor) -> bool:
     """True when the memory of ``tensor`` holds its values; asked when a kernel has refused."""
     with torch.inference_mode(tensor.is_inference()):
@@ -250,6 +266,8 @@ class Op:
 
     def traced(self, tensor: Tensor, *arguments: Any) -> Any:
         """The call of every other tensor."""
+        if is_distributed(tensor):
+            _register_sharding_rules()
         arguments = self._with_seed_tensor(tensor, arguments)
         if not _is_dynamo_compiling():
             if forward_ad._current_level >= 0:
@@ -271,7 +289,9 @@ class Op:
         i = self._seed_position - 1
         if isinstance(arguments[i], Tensor):
             return arguments
-        return (*arguments[:i], _random.as_seed_tensor(arguments[i], tensor), *arguments[i + 1 :])
+        # As resolve_seed has it.
+        like = torch.empty((), device="cpu") if is_distributed(tensor) else tensor
+        return (*arguments[:i], _random.as_seed_tensor(arguments[i], like), *arguments[i + 1 :])
 
     def _any_requires_grad(self, arguments: tuple[Any, ...]) -> bool:
         candidates = (arguments[i] for i in self._differentiable)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Generator, Tensor
 
 from .. import _random
+from ._op import is_distributed
 
 
 def threshold_of(p: float) -> int:
@@ -21,6 +23,10 @@ def resolve_seed(
     op: str, like: Tensor, eager: bool, generator: Generator | None, seed: int | Tensor | None
 ) -> int | Tensor:
     """The seed of one call: the caller's, or one draw from torch's generator."""
+    if is_distributed(like):
+        # All ranks must draw the same, and kernels read where a shard lies without waiting: CPU.
+        like = torch.empty((), device="cpu")
+        eager = not torch.compiler.is_dynamo_compiling()
     if seed is None:
         if eager:
             return _random.draw_eager(like, generator)

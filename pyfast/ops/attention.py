@@ -213,12 +213,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     seed = inputs[8]
     ctx.seed = seed if isinstance(seed, int) else None
     ctx.rule = inputs[9:]
+    ctx.set_materialize_grads(False)  # of DTensors torch makes plain zeros
     saved = (*inputs[:8], *output, None if ctx.seed is not None else seed)
     ctx.save_for_backward(*saved)
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
     *tensors, out, lse, seed = ctx.saved_tensors
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     needs = ctx.needs_input_grad
     if ctx.seed is not None:
         seed = ctx.seed

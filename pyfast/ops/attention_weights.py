@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.common.philox_reference import philox
+from ..kernels.common.philox_reference import philox, shard_of
 from ._native import compute_dtype
 from ._op import Op
 from ._rule import scale_of
@@ -53,13 +53,15 @@ def _kept(seed: int | Tensor, threshold: int, scores: Tensor, block: _Block) -> 
     heads, columns, device = scores.shape[1], scores.shape[3], scores.device
     if isinstance(seed, Tensor):
         seed = seed.to(device)
+    seed, place = shard_of(seed)
+    first, stride = (0, heads) if place is None else place
     numbers = functools.partial(torch.arange, dtype=torch.int64, device=device)
-    first, last = block.batch.start * heads, block.batch.stop * heads
+    batch = numbers(block.batch.start, block.batch.stop)
     words = philox(
         seed,
         numbers((columns + 31) // 32 * 4).view(-1, 4),  # (32 columns, call)
         numbers(block.rows.start, block.rows.stop).view(-1, 1, 1),
-        numbers(first, last).view(-1, heads, 1, 1, 1),
+        (first + batch[:, None] * stride + numbers(heads)).view(-1, heads, 1, 1, 1),
         numbers(1),
     )
     word = torch.stack(words, -2)  # (batch, heads, rows, 32 columns, word, call)

@@ -9,21 +9,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _backend
+from .._backend import KERNEL_DTYPES
 from ._attention_arguments import (
     autocasted,
+    check_context,
     check_rule,
     check_sinks,
     check_slopes,
     is_causal_bias,
 )
-from ._op import is_eager
+from ._op import _PLAIN_TYPES, is_distributed, is_eager
 from ._rule import check_probability, resolve_seed, threshold_of
 from .attention import MAX_HEAD_SIZE, attention_op
 
 _is_autocast_enabled = torch._C._is_any_autocast_enabled
+_has_function_mode = torch._C._is_torch_function_mode_enabled
+_NO_TENSORS = (None,) * 4  # slopes, sinks, and where packed sequences begin
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str:
@@ -73,7 +78,7 @@ def _broadcast_batch(
         # One head of keys for all queries is a group, and need not be repeated.
         heads = [full, *(heads[1:] if heads[1] == heads[2] == 1 else (full, full))]
     result = [
-        t.expand(*batch, h, *t.shape[-2:]).reshape(batch.numel(), h, *t.shape[-2:])
+        t.expand(*batch, h, *t.shape[-2:]).reshape(math.prod(batch), h, *t.shape[-2:])
         if t.shape[:-2] != (*batch, h) or t.dim() != 4
         else t
         for t, h in zip(tensors, heads, strict=True)
@@ -88,10 +93,10 @@ def _mask_4d(mask: Tensor, batch: torch.Size, num_queries: int, num_keys: int) -
     mask = mask[(None,) * max(0, 4 - mask.dim(), len(batch) + 2 - mask.dim())]
     if mask.dim() == 4:
         return mask
-    if mask.shape[:-3].numel() == 1:
+    if math.prod(mask.shape[:-3]) == 1:
         return mask.reshape(1, *mask.shape[-3:])
     leading = batch[:-1]
-    return mask.expand(*leading, *mask.shape[-3:]).reshape(leading.numel(), *mask.shape[-3:])
+    return mask.expand(*leading, *mask.shape[-3:]).reshape(math.prod(leading), *mask.shape[-3:])
 
 
 def _why_torch(
@@ -114,6 +119,49 @@ def _why_torch(
     ):
         return "its fused kernels compute the same, and pyfast's has not been measured faster"
     return ""
+
+
+def _is_simple(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool
+) -> bool:
+    """True for plain tensors on the CPU that the kernels take as they are: nothing to promote,
+    expand, or refuse. Asking costs a third of finding the same out one by one."""
+    if not (
+        type(query) in _PLAIN_TYPES
+        and type(key) in _PLAIN_TYPES
+        and type(value) in _PLAIN_TYPES
+        and query.is_cpu
+        and key.is_cpu
+        and value.is_cpu
+        and query.dim() == key.dim() == value.dim() == 4
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype in KERNEL_DTYPES
+        and not _is_autocast_enabled()
+        and not _has_function_mode()
+        and is_eager(query)
+    ):
+        return False
+    batch, heads, num_queries, size = query.shape
+    key_batch, key_heads, num_keys, key_size = key.shape
+    if (
+        batch != key_batch
+        or size != key_size
+        or value.shape[:3] != key.shape[:3]
+        or (heads != key_heads and not (enable_gqa and key_heads and heads % key_heads == 0))
+    ):
+        return False
+    if mask is None:
+        return True
+    return (
+        type(mask) is Tensor
+        and mask.is_cpu
+        and mask.dim() == 4
+        and (mask.dtype == torch.bool or mask.dtype == query.dtype)
+        and all(
+            m in (1, s)
+            for m, s in zip(mask.shape, (batch, heads, num_queries, num_keys), strict=True)
+        )
+    )
 
 
 def scaled_dot_product_attention(
@@ -183,11 +231,34 @@ def scaled_dot_product_attention(
 
     Raises:
         RuntimeError, ValueError: torch's errors for what torch refuses; ValueError for a window,
-            softcap, slopes, sinks or alignment that does not fit.
+            softcap, slopes, sinks or alignment that does not fit; RuntimeError inside of torch's
+            ``context_parallel``, unless the call goes to torch.
 
     Source: Dao et al., "FlashAttention", 2022; Dao, "FlashAttention-2", 2023. float32, bfloat16 and
     float16 with E and Ev up to 256 run natively, the rest by the reference.
     """
+    plain = (
+        window is None
+        and not softcap
+        and alibi_slopes is None
+        and sinks is None
+        and causal_alignment == "top_left"
+        and not return_lse
+        and generator is None
+        and seed is None
+    )
+    if (
+        plain
+        and dropout_p == 0.0
+        and (scale is None or type(scale) is float)
+        and _is_simple(query, key, value, attn_mask, enable_gqa)
+        and forward_ad._current_level < 0
+    ):
+        check_context("scaled_dot_product_attention")
+        if scale is None:
+            scale = query.shape[3] ** -0.5 if query.shape[3] else 1.0
+        rule = (0, 0, scale, 0.0, -1, 0 if is_causal else -1, False)
+        return attention_op.eager(query, key, value, attn_mask, *_NO_TENSORS, *rule)[0]
     tensors = (query, key, value, attn_mask, alibi_slopes, sinks)
     if is_causal_bias(attn_mask):
         lower = attn_mask.variant.name == "LOWER_RIGHT"  # type: ignore[union-attr]
@@ -234,8 +305,6 @@ def scaled_dot_product_attention(
             as_torch()  # torch's error, if it refuses the call as well
         check_probability(dropout_p)
         raise ValueError(f"{op}: {problem}")
-    extras = window, softcap or None, alibi_slopes, sinks, generator, seed
-    plain = causal_alignment == "top_left" and not return_lse and all(e is None for e in extras)
     if plain and query.device.type not in ("cpu", "meta"):
         reason = _why_torch(query, key, value, attn_mask, dropout_p, is_causal)
         if reason:
@@ -283,10 +352,16 @@ def scaled_dot_product_attention(
     sinks = check_sinks(op, sinks, q)
     threshold = threshold_of(dropout_p)
     eager = is_eager(q)
+    if eager:
+        check_context(op)
     seed = resolve_seed(op, q, eager, generator, seed if threshold else 0)
     call = attention_op.eager if eager else attention_op.traced
     arguments = (seed, threshold, float(scale), softcap, left, right, bottom_right)
     out, lse = call(q, k, v, attn_mask, alibi_slopes, sinks, None, None, *arguments)
+    if is_distributed(q):
+        places: Any = q.placements  # type: ignore[attr-defined]
+        if any(place.is_shard(2) for place in places):  # parts of the sequence, as the query
+            out = out.redistribute(placements=places)
     if batch is not None:
         out = out.view(*batch, num_queries, value.shape[-1])
         lse = lse.view(*batch, num_queries)
