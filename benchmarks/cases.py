@@ -314,7 +314,7 @@ def measure(
         for round_index in range(effort.rounds):
             first = round_index % len(names)
             for name in names[first:] + names[:first]:
-                seconds = _time_block(calls[name], counts[name], device)
+                seconds = _time_block(calls[name], counts[name], device, counts[name] > 1)
                 samples[name].append(seconds / counts[name])
             after_round()
     finally:
@@ -325,15 +325,17 @@ def measure(
 
 def _calls_per_block(call: Call, device: torch.device, effort: Effort) -> int:
     num_calls = 1
-    while (seconds := _time_block(call, num_calls, device)) < effort.block_s / 4:
+    while (seconds := _time_block(call, num_calls, device, True)) < effort.block_s / 4:
         num_calls *= 2
     min_calls = 1 if seconds > SLOW_S else effort.min_calls
     return max(min_calls, round(num_calls * effort.block_s / seconds))
 
 
-def _time_block(call: Call, num_calls: int, device: torch.device) -> float:
-    """Seconds of ``num_calls`` calls after an untimed one, which brings the caches back."""
-    call()
+def _time_block(call: Call, num_calls: int, device: torch.device, warms_up: bool) -> float:
+    """Seconds of ``num_calls`` calls, after an untimed one that brings the caches back; slow calls
+    need none."""
+    if warms_up:
+        call()
     if device.type == "cuda":
         event: Any = functools.partial(torch.cuda.Event, enable_timing=True)
         start, end = event(), event()
