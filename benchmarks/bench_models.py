@@ -3,7 +3,7 @@ their configurations and AdamW, and decoding with a cache of keys and values.
 
 Rows: ``torch`` is the stock model with attention "sdpa" and torch's fused AdamW; ``activated`` the
 same in ``pyfast.activate()`` with pyfast's AdamW; ``pyfast`` has pyfast's attention registered, its
-modules patched and its optimizer. Weights are random, bfloat16 ones are bfloat16 throughout.
+modules patched, its optimizer, and its cache. Weights are random, and all in the dtype of the case.
 """
 
 from __future__ import annotations
@@ -58,19 +58,21 @@ def _gpt2(**options: Any) -> Any:
     return _with_sdpa(GPT2LMHeadModel, config)
 
 
-def _llama(**options: Any) -> Any:
-    """The sizes of Llama 3.2 1B, with fewer layers and a smaller vocabulary."""
+def _llama(width: int, **options: Any) -> Any:
+    """Heads of 64, four for each head of keys, and a vocabulary of 32,000; those of width 2048 are
+    the layers of Llama 3.2 1B."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-    }
-    config = LlamaConfig(num_hidden_layers=LAYERS, **(sizes | options))
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 256,
+        num_hidden_layers=LAYERS,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+        **options,
+    )
     return _with_sdpa(LlamaForCausalLM, config)
 
 
@@ -151,10 +153,16 @@ class PreparedModel(Prepared):
         classifies = "Classification" in type(model).__name__
         return self.tokens[:, 0] % 2 if classifies else self.tokens
 
-    def _decoding_step(self, model: nn.Module, implementation: str) -> Call:
+    def _decoding_step(self, model: Any, implementation: str) -> Call:
         """The next token, and then again: the cache is cut back to its length."""
+        cache = None
+        if implementation == "pyfast":
+            from pyfast.integrations.transformers import GrowingCache
+
+            cache = GrowingCache(config=model.config)
         with torch.no_grad():
-            cache = model(input_ids=self.tokens, use_cache=True, logits_to_keep=1).past_key_values
+            inputs = {"input_ids": self.tokens, "past_key_values": cache}
+            cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
         token = self.tokens[:, -1:]
 
         def step() -> Tensor:
@@ -225,14 +233,15 @@ CASES = [
     ),
     *(
         _case(
-            "Llama, 4 layers, decoding",
+            f"Llama, 4 layers of {width}, decoding",
             (batch, CACHED),
             torch.bfloat16,
-            _llama,
+            functools.partial(_llama, width),
             trains=False,
-            floors={"torch": 2.0} if batch > 1 else {},
+            floors={"torch": 2.0},
         )
-        for batch in (1, 8)
+        for width in (1024, 2048)
+        for batch in (1, 8, 16)
     ),
 ]
 if importlib.util.find_spec("transformers") is None:

@@ -10,12 +10,14 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ._transformers_cache import GrowingCache
     from ._transformers_int8 import PyfastConfig
     from ._transformers_trainer import trainer_kwargs
 
-__all__ = ["PyfastConfig", "register", "trainer_kwargs", "unregister"]
+__all__ = ["GrowingCache", "PyfastConfig", "register", "trainer_kwargs", "unregister"]
 
 _ELSEWHERE = {
+    "GrowingCache": "._transformers_cache",
     "PyfastConfig": "._transformers_int8",
     "trainer_kwargs": "._transformers_trainer",
 }
