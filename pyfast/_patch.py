@@ -7,6 +7,7 @@ that a parent or an optimizer holds.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -33,7 +34,15 @@ _REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
     torch.nn.TransformerDecoderLayer: nn.TransformerDecoderLayer,
 }
-_OURS = frozenset(_REPLACEMENTS.values())
+
+
+def _replacements() -> dict[type[torch.nn.Module], type[torch.nn.Module]]:
+    """With those of transformers, where models of it can be there."""
+    if "transformers.activations" not in sys.modules:
+        return _REPLACEMENTS
+    from .integrations._transformers_activations import REPLACEMENTS
+
+    return _REPLACEMENTS | REPLACEMENTS
 
 
 @dataclass(frozen=True)
@@ -157,11 +166,12 @@ def _why_skipped(module: torch.nn.Module) -> str | None:
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         return "a ScriptModule: its code, and that of the modules in it, is compiled already"
-    if kind in _REPLACEMENTS:
+    replacements = _replacements()
+    if kind in replacements:
         return "its forward is overridden on the instance" if "forward" in module.__dict__ else ""
-    if kind in _OURS:
+    if kind in replacements.values():
         return "already pyfast's"
-    for known in _REPLACEMENTS:
+    for known in replacements:
         if isinstance(module, known):
             return f"a subclass of {known.__name__}: its forward may differ"
     return None
@@ -222,7 +232,8 @@ def patch(
     What is replaced, by pyfast.nn's class of the same name: ``torch.nn.Dropout``, ``Dropout1d``,
     ``Dropout2d``, ``Dropout3d``, ``AlphaDropout``, ``FeatureAlphaDropout``, ``MultiheadAttention``,
     ``TransformerEncoderLayer`` and ``TransformerDecoderLayer``; ``torch.nn.Transformer``,
-    ``TransformerEncoder`` and ``TransformerDecoder`` stay, with their layers replaced. Evaluation
+    ``TransformerEncoder`` and ``TransformerDecoder`` stay, with their layers replaced. Of
+    transformers: "gelu_new" and "gelu_fast", which torch computes in one operation. Evaluation
     gives the same numbers as before: dropout to the bit, attention up to rounding. In training the
     masks are other ones of the same distribution; see :func:`pyfast.nn.functional.dropout` and
     :func:`pyfast.nn.functional.multi_head_attention_forward` for the differences.
@@ -269,7 +280,7 @@ def patch(
     for key, module in modules.items():
         reason = _why_skipped(module)
         if reason is not None:
-            source, target = type(module), None if reason else _REPLACEMENTS[type(module)]
+            source, target = type(module), None if reason else _replacements()[type(module)]
             entries.append(PatchEntry(", ".join(paths[key]), source, target, reason, module))
             if target is not None and not dry_run:
                 module.__class__ = target

@@ -65,7 +65,7 @@ MODELS: dict[str, tuple[Any, int, str]] = {
         make_x_transformer, 5, "F.scaled_dot_product_attention in x_transformers.attend.Attend"
     ),
     "bert": (make_bert, 7, HF),
-    "gpt2": (make_gpt2, 7, HF),
+    "gpt2": (make_gpt2, 9, HF),  # seven dropouts, two activations
 }  # fmt: skip
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -88,7 +88,8 @@ def test_report_evaluation_and_undo(name: str) -> None:
     expected, stock = result(model.eval(), inputs), result(model.train(), inputs)
     report = pyfast.patch(model)
     assert len(report.swapped) == count and not report.skipped
-    assert {entry.target for entry in report} == {pyfast.nn.Dropout}
+    kinds = {entry.target.__name__ for entry in report if entry.target is not None}
+    assert kinds == ({"Dropout", "NewGELUActivation"} if name == "gpt2" else {"Dropout"})
     (note,) = report.notes
     assert said in note
     suggestion = "register()" if said is HF else "pyfast.activate() sends them"
@@ -287,3 +288,20 @@ def test_refusals_change_nothing() -> None:
             with pytest.raises(kind, match=text):
                 pyfast.patch(model, dry_run, **arguments)
             assert classes(model) == before and type(sgd) is torch.optim.SGD
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_fast"])
+def test_activations_of_transformers(name: str) -> None:
+    """The same function and gradient; in bfloat16 closer to the exact ones."""
+    activations = pytest.importorskip("transformers.activations")
+    stock = activations.ACT2FN[name]
+    patched = copy.deepcopy(stock)
+    pyfast.patch(patched)
+    assert type(patched) is not type(stock) and isinstance(patched, type(stock))
+    x = torch.linspace(-6, 6, 2001, dtype=torch.float64, requires_grad=True)
+    exact = stock(x)
+    torch.testing.assert_close(patched(x), exact)
+    (grad,) = torch.autograd.grad(patched(x).sum(), x)
+    torch.testing.assert_close(grad, torch.autograd.grad(exact.sum(), x)[0])
+    wrong = [(f(x.bfloat16()).double() - exact).abs().max() for f in (patched, stock)]
+    assert wrong[0] <= wrong[1]
