@@ -192,7 +192,8 @@ Seed seed_from(py::handle object, Tensor* holder, const Tensor& like, int64_t nu
   }
   const bool is_tensor = holder->assign(object) && holder->has_type(dlpack::kInt, 64);
   const int64_t count = is_tensor ? holder->num_elements() : 0;
-  if (count != 1 && count != 2 && (count < 2 || count != 2 + num_steps)) {
+  const bool is_shard = count == 2 || (count > 2 && count == 2 + num_steps);
+  if (count != 1 && !(is_shard && holder->ndim() == 1)) {
     throw py::type_error("seed must be an int or a tensor of one int64 (of a shard: of 2" +
                          (num_steps > 0 ? " or " + std::to_string(2 + num_steps) : "") + ")");
   }

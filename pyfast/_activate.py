@@ -82,6 +82,9 @@ class _Override:
             # Dynamo and TorchScript then see torch's function in ours.
             self.replacement._torchdynamo_inline = self.original
             self.replacement.__prepare_scriptable__ = lambda: self.original
+            if isinstance(self.torch, types.BuiltinFunctionType):
+                name = f"aten::{self.name}"
+                torch.jit._builtins._register_builtin(self.replacement, name)
             self._rename(current, self.replacement)
 
     def release(self) -> str:

@@ -98,7 +98,7 @@ def checked_seed(op: str, seed: int | Tensor) -> int | Tensor:
     """A seed that a caller gave, as int64: a signed int, or a tensor without dimensions."""
     if isinstance(seed, Tensor):
         if seed.dtype == torch.int64 and seed.numel() == 1:
-            return seed.reshape(())
+            return seed.reshape(()).resolve_neg()
         got = f"{tuple(seed.shape)} {seed.dtype}"
     elif isinstance(seed, int) and not isinstance(seed, bool):
         return to_signed(seed)

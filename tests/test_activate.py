@@ -309,3 +309,11 @@ def test_encoder_in_evaluation_is_reached() -> None:
     torch.testing.assert_close(got[~padding], expected[~padding])
     with pytest.raises(AssertionError):
         torch.testing.assert_close(wrong[~padding], expected[~padding])
+
+
+def test_attention_can_be_scripted_while_active() -> None:
+    module = nn.MultiheadAttention(8, 2, batch_first=True)
+    x = torch.randn(2, 5, 8)
+    with pyfast.activate():
+        scripted = torch.jit.script(module)
+    torch.testing.assert_close(scripted(x, x, x)[0], module(x, x, x)[0])

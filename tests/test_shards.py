@@ -153,3 +153,13 @@ def test_huge_offset() -> None:
         assert abs(mask.mean().item() - 0.5) < 5 / math.sqrt(4096)
         with pyfast.use_backend("reference"):
             assert_bits_equal(ops.dropout(x, seed_of(offset), 32768, 1, 1.0, -0.0, 0.0, 1), mask)
+
+
+def test_seeds_that_hide_their_values() -> None:
+    """A seed tensor of another shape is refused, a negated view is read as what it says."""
+    x = normal(4, 4)
+    with pytest.raises(TypeError, match="seed must be"):
+        ops.dropout(x, seed_of(0, 4, 1).view(1, 4), *RULE, -0.0, 0.0, 2)
+    negated = torch._neg_view(torch.tensor(5))
+    got = pyfast.nn.functional.dropout(x, 0.5, seed=negated)
+    assert_bits_equal(got, pyfast.nn.functional.dropout(x, 0.5, seed=-5))

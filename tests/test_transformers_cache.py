@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -78,44 +80,89 @@ def check_steps(cache: Any, other: Any) -> None:
     add(4), add(1)
 
 
-def test_is_what_concatenation_gives() -> None:
-    check_steps(GrowingCache(), DynamicCache())
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_is_what_concatenation_gives(grad: bool) -> None:
+    with torch.set_grad_enabled(grad):
+        check_steps(GrowingCache(), DynamicCache())
+
+
+@pytest.mark.usefixtures("no_grad")
 def test_check_rejects(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that is taken for that of the cache although it is another's."""
-    monkeypatch.setattr(
-        _transformers_cache._Room,
-        "_holds",
-        staticmethod(lambda memory, kept, length, total, new: total <= memory.shape[2]),
-    )
+    monkeypatch.setattr(_transformers_cache._Room, "holds", lambda self, kept: True)
     with pytest.raises((AssertionError, RuntimeError)):
         check_steps(GrowingCache(), DynamicCache())
 
 
+@pytest.mark.usefixtures("no_grad")
 def test_appends_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_transformers_cache, "MIN_ROOM", 100)
     cache = GrowingCache()
-    first, _ = cache.update(*states(5, 0), layer_idx=0)
+    cache.update(*states(4, 0), layer_idx=0)
+    first, _ = cache.update(*states(1, 0), layer_idx=0)
     for step in range(90):
         keys, values = cache.update(*states(1, step), layer_idx=0)
         assert keys.data_ptr() == first.data_ptr() and keys.shape[2] == 6 + step
     assert keys.data_ptr() != values.data_ptr()
+    cache.crop(-3)
+    assert cache.update(*states(1, 0), layer_idx=0)[0].data_ptr() == first.data_ptr()
 
 
-def test_inference_mode_and_gradients() -> None:
-    cache, other = GrowingCache(), DynamicCache()
-    with torch.inference_mode():
-        for c in (cache, other):
-            c.update(*states(2, 0), layer_idx=0)
-    for c in (cache, other):
-        c.update(*states(1, 1), layer_idx=0)
-    keys, values = (t.requires_grad_() for t in states(1, 2))
-    for c in (cache, other):
-        got, _ = c.update(keys, values, layer_idx=0)
-        (grad,) = torch.autograd.grad(got.square().sum(), keys)
-        torch.testing.assert_close(grad, 2 * keys.detach())
-    torch.testing.assert_close(cache.layers[0].keys, other.layers[0].keys, rtol=0, atol=0)
+def test_gradients_see_what_was_there() -> None:
+    """Frozen keys, and queries that need a gradient: two steps, then backward."""
+    queries = torch.ones(2, 2, 1, 4, requires_grad=True)
+    grads = []
+    for cache in (GrowingCache(), DynamicCache()):
+        with torch.inference_mode():
+            cache.update(*states(2, 0), layer_idx=0)
+        steps = [cache.update(*states(1, seed), layer_idx=0)[0] for seed in (1, 2)]
+        loss = sum((queries @ keys.mT).square().sum() for keys in steps)
+        grads.append(torch.autograd.grad(loss, queries)[0])
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("way", ["set back", "copy", "reset", "cut by hand", "pickle"])
+def test_overwrites_nothing_that_is_in_use(way: str) -> None:
+    cache = GrowingCache()
+    cache.update(*states(5, 0), layer_idx=0)
+    cache.update(*states(1, 1), layer_idx=0)
+    layer = cache.layers[0]
+    saved = layer.keys, layer.values
+    held, _ = cache.update(*states(1, 2), layer_idx=0)
+    before, prefix = held.clone(), saved[0].clone()
+    if way == "set back":
+        layer.keys, layer.values = saved
+    elif way == "copy":
+        layer = copy.copy(layer)
+    elif way == "pickle":
+        assert len(pickle.dumps(layer)) < 3 * held.numel() * 4 + 2000
+        layer = pickle.loads(pickle.dumps(layer))
+    elif way == "reset":
+        layer.reset()
+    else:
+        layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
+    got, _ = layer.update(*states(1, 3))
+    assert torch.equal(held, before) and torch.equal(saved[0], prefix)
+    expected = {"copy": before, "pickle": before, "reset": before[:, :, :0]}.get(way, prefix)
+    assert torch.equal(got, torch.cat([expected, states(1, 3)[0]], 2))
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_what_does_not_fit_is_as_in_torch() -> None:
+    for cache in (GrowingCache(), DynamicCache()):
+        cache.update(*states(2, 0, 1), layer_idx=0)
+        cache.update(*states(1, 0, 1), layer_idx=0)
+        with pytest.raises(RuntimeError):
+            cache.update(*states(1, 1, 3), layer_idx=0)
+        half = [t.bfloat16() for t in states(1, 1, 1)]
+        assert cache.update(*half, layer_idx=0)[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("beams", [1, 2])

@@ -28,6 +28,8 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(q: Tensor, *arguments: Any) -> Any:
+        if not torch.amp.is_autocast_available(q.device.type):  # the meta device
+            return function(q, *arguments)
         with torch.autocast(q.device.type, enabled=False):
             return function(q, *arguments)
 
