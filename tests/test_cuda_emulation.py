@@ -138,7 +138,7 @@ class DropoutAddNorm(NamedTuple):
         inputs = (memory.matrix(x, self.offset), added, weight, bias)
         mean = None if rms else memory.vector_out(rows)
         outputs = (memory.matrix_out(x), second, mean, memory.vector_out(rows))
-        module.dropout_add_norm(*inputs, *outputs, *rule)
+        module.dropout_add_norm(*inputs, *outputs, None, None, *rule)
 
         # Not what the forward kernel left: each kernel is judged by itself.
         mean = None if rms else memory.vector(x.mean(-1) + 0.5)
@@ -255,7 +255,7 @@ MUTANTS: dict[str, dict[str, tuple[str, str]]] = {
         "rows taken as aligned": ("for (int d = 0; d < inner; ++d)", "for (int d = 0; d < 0; ++d)"),
         "strides taken as one": ("p.x_strides[inner] != 1 || p.y_strides[inner] != 1", "false"),
         "shifted mask": ("static_cast<uint64_t>(mask)", "static_cast<uint64_t>(mask + 1)"),
-        "mask of the whole block": ("int64_t mask = first *", "int64_t mask = 0 * first *"),
+        "mask of the whole block": ("first + first *", "first + 0 * first *"),
     },
     "bias_dropout_add": {
         "no tail of threads": ("if (group >= num_groups) return;", ""),
