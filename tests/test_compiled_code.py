@@ -193,7 +193,14 @@ class Kernel(NamedTuple):
 
 _SEED = {"SEED_IS_POINTER": False}
 _ROWS = {**_SEED, "RMS": False, "HAS_WEIGHT": True, "ALIGNED": True}
-_NORM = {**_ROWS, "HAS_RESIDUAL": True, "HAS_BIAS": True, "KEEP_Z": True}
+_NORM = {
+    **_ROWS,
+    "HAS_RESIDUAL": True,
+    "HAS_BIAS": True,
+    "KEEP_Y": True,
+    "KEEP_Z": True,
+    "QUANTIZE": False,
+}
 _NORM_BACKWARD = {**_ROWS, "HAS_GRAD_Z": True, "CHUNK_ROWS": 32}
 _BIAS_BACKWARD = {**_SEED, "ALIGNED": True, "CHUNK_ROWS": 32, "COLUMNS": 512}
 KERNELS = {
@@ -203,7 +210,9 @@ KERNELS = {
         {**_SEED, "HAS_SHIFT": False, "PER_ELEMENT": True, "BLOCK": 2048},
     ),
     "bias_dropout_add": Kernel(
-        "bias_dropout_add", "forward_kernel", {**_SEED, "HAS_BIAS": True, "BLOCK": 2048}
+        "bias_dropout_add",
+        "forward_kernel",
+        {**_SEED, "HAS_BIAS": True, "ALIGNED": True, "BLOCK": 2048},
     ),
     "bias_dropout_add_backward": Kernel(
         "bias_dropout_add", "backward_kernel", _BIAS_BACKWARD, num_warps=2
