@@ -193,14 +193,8 @@ class Kernel(NamedTuple):
 
 _SEED = {"SEED_IS_POINTER": False}
 _ROWS = {**_SEED, "RMS": False, "HAS_WEIGHT": True, "ALIGNED": True}
-_NORM = {
-    **_ROWS,
-    "HAS_RESIDUAL": True,
-    "HAS_BIAS": True,
-    "KEEP_Y": True,
-    "KEEP_Z": True,
-    "QUANTIZE": False,
-}
+_PARTS = ("HAS_RESIDUAL", "HAS_BIAS", "KEEP_Y", "KEEP_Z")
+_NORM = {**_ROWS, **dict.fromkeys(_PARTS, True), "QUANTIZE": False}
 _NORM_BACKWARD = {**_ROWS, "HAS_GRAD_Z": True, "CHUNK_ROWS": 32}
 _BIAS_BACKWARD = {**_SEED, "ALIGNED": True, "CHUNK_ROWS": 32, "COLUMNS": 512}
 KERNELS = {
