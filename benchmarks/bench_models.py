@@ -3,7 +3,8 @@ their configurations and AdamW, and decoding with a cache of keys and values.
 
 Rows: ``torch`` is the stock model with attention "sdpa" and torch's fused AdamW; ``activated`` the
 same in ``pyfast.activate()`` with pyfast's AdamW; ``pyfast`` has pyfast's attention registered, its
-modules patched, its optimizer, and its cache. Weights are random, and all in the dtype of the case.
+modules patched, its optimizer, and its cache; ``pyfast int8``, decoding, has int8 weights as well.
+Weights are random, and all in the dtype of the case.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 import pyfast
 from pyfast.ops._op import registered
+from pyfast.quantization import Int8WeightOnly, dequantize_, quantize_
 
 from .cases import (
     BaseCase,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 LAYERS = 4
 CACHED = 2000  # tokens
 CHECK_SHAPE = (2, 100)
+ROUNDED = "rounded weights"  # the stock model with the weights that int8 ones stand for
 
 
 def _with_sdpa(cls: Any, config: Any) -> Any:
@@ -97,7 +100,8 @@ class ModelCase(BaseCase):
 
     @property
     def implementations(self) -> tuple[str, ...]:
-        return "torch", "activated", "pyfast"
+        names = "torch", "activated", "pyfast"
+        return names if self.trains else (*names, "pyfast int8")
 
     def prepare(self, device: torch.device) -> PreparedModel:
         return PreparedModel(self, device)
@@ -122,8 +126,11 @@ class PreparedModel(Prepared):
 
     def _model(self, implementation: str) -> Any:
         model = copy.deepcopy(self.stock)
-        if implementation == "pyfast":
-            pyfast.patch(model)
+        if implementation == ROUNDED:
+            quantize_(model, Int8WeightOnly())
+            dequantize_(model, torch.float64)
+        elif implementation.startswith("pyfast"):
+            pyfast.patch(model, int8=Int8WeightOnly() if implementation.endswith("int8") else None)
             _with_attention(model)
         return model.train(self.case.trains)
 
@@ -156,7 +163,7 @@ class PreparedModel(Prepared):
     def _decoding_step(self, model: Any, implementation: str) -> Call:
         """The next token, and then again: the cache is cut back to its length."""
         cache = None
-        if implementation == "pyfast":
+        if implementation.startswith("pyfast"):
             from pyfast.integrations.transformers import GrowingCache
 
             cache = GrowingCache(config=model.config)
@@ -179,15 +186,19 @@ class PreparedModel(Prepared):
         if self.case.shape != CHECK_SHAPE:
             return PreparedModel(replace(self.case, shape=CHECK_SHAPE), self.device).check()
         try:
-            exact = self._results("torch", torch.float64)
-            rounded, *others = (self._results(name) for name in self.case.implementations)
+            found = [self._difference(name) for name in self.case.implementations[1:]]
         except Exception as error:
             return first_line(error)
-        found = [
-            difference(f"{row}: {name}", results[name], exact[name], rounded[name])
-            for row, results in zip(self.case.implementations[1:], others, strict=True)
+        return "; ".join(filter(None, found))
+
+    def _difference(self, implementation: str) -> str:
+        formula = ROUNDED if implementation == "pyfast int8" else "torch"
+        exact, rounded = self._results(formula, torch.float64), self._results(formula)
+        results = self._results(implementation)
+        found = (
+            difference(f"{implementation}: {name}", results[name], exact[name], rounded[name])
             for name in exact
-        ]
+        )
         return "; ".join(filter(None, found))
 
     def _results(self, implementation: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 // Tiles of AMX: 16 rows of 64 bytes. A step is 32 rows of weights by 32 columns, 16 units deep:
 // four tiles loaded, four products. Measured on Sapphire Rapids, nanoseconds a step: 25 for the
 // products alone, 39 with operands from L2, 45 with weights in rows of 4 KB, 100 with a panel whose
-// rows are 256 bytes apart. Weight-only, weights turn into bfloat16 on the way: for few columns
-// just before they are used, else once a block. x in float32 or float16 is the sum of three or two
-// bfloat16 values, which are multiplied one after the other.
+// rows are 256 bytes apart. (A neighbour on the core's other thread makes a step with four products
+// take 160, one with two 50: what counts then is the number of products.) Weight-only, x becomes
+// digits of int8 (int8_digits.h); for more than a few rows of bfloat16 weights turn into bfloat16
+// instead: for one panel just before they are used, else once a block.
 #pragma once
 
 #include "int8_tile.h"
@@ -97,39 +98,18 @@ PYFAST_ALWAYS_INLINE void store_tiles(float* sums) {
   }
 }
 
-// 32 rows of units, a multiple of 16 of them, by a panel of one or two vectors. A panel has a part
-// for each term of x. Products of float32 are summed up in parts of 1,024, which are added then:
-// one long sum would lose more bits than torch's does.
+// 32 rows of units, a multiple of 16 of them, by a panel of one or two vectors.
 template <typename Unit, bool kTwoColumns>
 inline __attribute__((noinline)) void multiply_tiles(const char* weights, int64_t stride,
                                                      const uint32_t* panel, float* sums,
                                                      int64_t num_units, Ahead* ahead) {
   Ahead next = *ahead;
-  const int64_t most = Unit::kTerms == 1 ? num_units : 512;
-  alignas(64) float part[32 * kPanel<Unit>];
-  int64_t first = 0;
-  do {
-    const int64_t end = first + most < num_units ? first + most : num_units;
-    zero_tiles();
-    for (int term = 0; term < Unit::kTerms; ++term) {
-      const uint32_t* columns = panel + term * num_units * kPanel<Unit>;
-      for (int64_t u = first; u < end; u += 16) {
-        tile_step<Unit, kTwoColumns>(weights + u * 4, stride, columns + u * kPanel<Unit>);
-        next.step();
-      }
-    }
-    store_tiles<Unit, kTwoColumns>(first == 0 ? sums : part);
-    if (first > 0) {
-      for (int row = 0; row < 32; ++row) {
-        for (int vector = 0; vector < (kTwoColumns ? 2 : 1); ++vector) {
-          float* to = sums + row * kPanel<Unit> + vector * kLanes;
-          const float* from = part + row * kPanel<Unit> + vector * kLanes;
-          (Lanes::load(to) + Lanes::load(from)).store(to);
-        }
-      }
-    }
-    first = end;
-  } while (first < num_units);
+  zero_tiles();
+  for (int64_t u = 0; u < num_units; u += 16) {
+    tile_step<Unit, kTwoColumns>(weights + u * 4, stride, panel + u * kPanel<Unit>);
+    next.step();
+  }
+  store_tiles<Unit, kTwoColumns>(sums);
   *ahead = next;
 }
 
@@ -159,12 +139,9 @@ inline __attribute__((noinline)) void multiply_converted(const int8_t* weights, 
     const int64_t turn = u / kUnits % 2;
     if (u + kUnits < num_units) convert(u + kUnits, buffer[1 - turn]);
     const uint32_t* b = panel + u * kPanel<Unit>;
-    for (int term = 0; term < Unit::kTerms; ++term) {
-      for (int step = 0; step < 2; ++step) {
-        tile_step<Unit, kTwoColumns>(reinterpret_cast<const char*>(buffer[turn][step]), 64,
-                                     b + step * 16 * kPanel<Unit>);
-      }
-      b += num_units * kPanel<Unit>;
+    for (int step = 0; step < 2; ++step) {
+      tile_step<Unit, kTwoColumns>(reinterpret_cast<const char*>(buffer[turn][step]), 64,
+                                   b + step * 16 * kPanel<Unit>);
     }
   }
   store_tiles<Unit, kTwoColumns>(sums);

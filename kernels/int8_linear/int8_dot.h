@@ -114,7 +114,7 @@ struct FloatDot {
 
 #if defined(__AVX512VBMI__) && !defined(__AMX_INT8__)  // there it is no faster than FloatDot
 struct PairDot {
-  using Unit = PairWeightUnit<1>;
+  using Unit = PairWeightUnit;
   static constexpr int kStep = 64;
   __m512 v = _mm512_setzero_ps();
   static PYFAST_ALWAYS_INLINE WeightPairs weights(const int8_t* from, int n) {

@@ -1,4 +1,4 @@
-// Passes over up to 512 rows of x. First the rows become units, quantized on the way; then the
+// Passes over up to 512 rows of x (or digits of them). First the rows become units, quantized on the way; then the
 // weights are taken in blocks, by threads, and multiplied with all rows of the pass; sums turn into
 // results while they are in L1. Few rows are left as they are (int8_dot.h), more are packed in
 // panels (int8_tile.h).
@@ -11,7 +11,8 @@
 namespace pyfast::PYFAST_ISA {
 namespace {
 
-constexpr int64_t kPassRows = 512;
+template <typename Unit>
+constexpr int64_t kPassRows = 512 / Unit::kDigits;
 constexpr int64_t kMinWorkPerThread = 1 << 18;  // multiplications; fewer are not worth a thread
 constexpr int64_t kPadUnits = 16;               // rows of a multiple of 4 KB would share their sets
 
@@ -63,6 +64,19 @@ float units_of_row(const Int8LinearParams& p, int64_t row, int8_t* values, uint3
   return scale;
 }
 
+Int8LinearParams row_of(const Int8LinearParams& p, int64_t row) {
+  Int8LinearParams one = p;
+  one.m = 1;
+  const auto offset = [row](DType dtype, int64_t size) {
+    int64_t bytes = 0;
+    dispatch_dtype(dtype, [&](auto* type) { bytes = row * size * int64_t{sizeof(*type)}; });
+    return bytes;
+  };
+  one.x = static_cast<const char*>(p.x) + offset(p.x_dtype, p.k);
+  one.y = static_cast<char*>(p.y) + offset(p.y_dtype, p.n);
+  return one;
+}
+
 template <typename Dot>
 void multiply_few(const Int8LinearParams& p, int64_t num_threads) {
   using Unit = typename Dot::Unit;
@@ -107,34 +121,47 @@ struct Pass {
   static constexpr int64_t kPanel = PYFAST_ISA::kPanel<Unit>;
   static constexpr bool kUsesTiles = PYFAST_ISA::kUsesTiles<Unit>;
   static constexpr bool kSigned = kUsesTiles;
-  // Where there is one panel: weights are then converted just before they are used, and once.
-  static constexpr bool kConvertsLate = kUsesTiles && !Unit::kIsInteger;
+  static constexpr bool kConverts = kUsesTiles && !Unit::kIsInteger;
+  static constexpr int64_t kDigits = Unit::kDigits;
+  static constexpr int64_t kPanelRows = kPanel / kDigits;  // of x
+  // What is packed at a time: a vector, or, where a row's digits may lie in two, a panel.
+  static constexpr int64_t kGroupVectors = kDigits == 1 ? 1 : kPanel / kLanes;
+  static constexpr int64_t kGroupRows = kGroupVectors * kLanes / kDigits;
 
-  int64_t num_panels() const { return (rows + kPanel - 1) / kPanel; }
+  int64_t num_panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
+  int64_t num_groups() const { return (rows + kGroupRows - 1) / kGroupRows; }
+  int64_t rows_of(int64_t panel) const {
+    const int64_t left = rows - panel * kPanelRows;
+    return left < kPanelRows ? left : kPanelRows;
+  }
   int64_t vectors_of(int64_t panel) const {
-    const int64_t left = rows - panel * kPanel;
-    return left < kPanel ? (left + kLanes - 1) / kLanes : kPanel / kLanes;
+    return (rows_of(panel) * kDigits + kLanes - 1) / kLanes;
   }
 
-  // Rows [group * kLanes, ...) into their vector of a panel.
+  // Weights of one panel are converted just before they are used, and once.
+  bool converts_late() const { return kConverts && num_panels() == 1; }
+
+  // Rows [group * kGroupRows, ...) into their vectors of a panel.
   void pack(int64_t group, int64_t thread) const {
-    const int64_t row_units = num_units * Unit::kTerms;
     Memory memory(scratch + thread * scratch_bytes);
-    uint32_t* units = memory.take<uint32_t>(kLanes * row_units);
+    uint32_t* units = memory.take<uint32_t>(kGroupVectors * kLanes * num_units);
     int8_t* values = memory.take<int8_t>(p.k);
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const int64_t row = group * kLanes + i;
-      uint32_t* to = units + i * row_units;
-      if (row < rows) {
-        scales[row] = units_of_row<Unit, kSigned>(p, first_row + row, values, to, num_units);
-      } else {
-        memset(to, 0, static_cast<size_t>(row_units) * 4);
-      }
+    const int64_t first = group * kGroupRows;
+    const int64_t count = rows - first < kGroupRows ? rows - first : kGroupRows;
+    for (int64_t i = 0; i < count; ++i) {
+      scales[first + i] = units_of_row<Unit, kSigned>(p, first_row + first + i, values,
+                                                      units + i * kDigits * num_units, num_units);
     }
-    constexpr int64_t kVectors = kPanel / kLanes;
-    uint32_t* panel = panels + group / kVectors * row_units * kPanel + group % kVectors * kLanes;
-    for (int64_t u = 0; u < row_units; u += kLanes) {
-      transpose_block(units + u, row_units, panel + u * kPanel, kPanel);
+    const int64_t vectors = (count * kDigits + kLanes - 1) / kLanes;
+    const int64_t used = count * kDigits * num_units;
+    memset(units + used, 0, static_cast<size_t>(vectors * kLanes * num_units - used) * 4);
+    constexpr int64_t kGroups = kPanel / kLanes / kGroupVectors;  // of a panel
+    uint32_t* panel = panels + group / kGroups * num_units * kPanel + group % kGroups * kLanes;
+    for (int64_t vector = 0; vector < vectors; ++vector) {
+      const uint32_t* from = units + vector * kLanes * num_units;
+      for (int64_t u = 0; u < num_units; u += kLanes) {
+        transpose_block(from + u, num_units, panel + u * kPanel + vector * kLanes, kPanel);
+      }
     }
   }
 
@@ -178,16 +205,16 @@ struct Pass {
   }
 
 #if defined(__AMX_INT8__)
-  // Sums of a block with a panel.
+  // Sums of a block with two vectors of a panel, or one.
   template <bool kTwoColumns>
   void multiply_panel_of_tiles(LeftOperand left, const int8_t* weights, int64_t count,
                                const uint32_t* x, float* sums, Ahead* ahead) const {
     for (int64_t row = 0; row < count; row += 32) {
       float* to = sums + row * kPanel;
-      if (!kConvertsLate || num_panels() > 1) {
+      if (!converts_late()) {
         const char* from = reinterpret_cast<const char*>(left.data + row * left.stride);
         multiply_tiles<Unit, kTwoColumns>(from, left.stride * 4, x, to, num_units, ahead);
-      } else if constexpr (kConvertsLate) {
+      } else if constexpr (kConverts) {
         const int64_t left_rows = count - row < 32 ? count - row : 32;
         multiply_converted<Unit, kTwoColumns>(weights + row * p.k, p.k, left_rows, x, to,
                                               num_units);
@@ -204,7 +231,7 @@ struct Pass {
     LeftOperand left = {nullptr, 0};
     if (is_direct(count)) {
       left = {reinterpret_cast<const uint32_t*>(weights), p.k / 4};
-    } else if (!kConvertsLate || num_panels() > 1) {
+    } else if (!converts_late()) {
       left = converted(weights, count, thread);
     }
     ColumnTerms terms = {};
@@ -213,17 +240,21 @@ struct Pass {
     alignas(64) float sums[kBlockRows * kPanel];
     alignas(64) float turned[kPanel * kBlockRows];
     for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-      const int64_t panel_units = num_units * Unit::kTerms * kPanel;
+      const int64_t panel_units = num_units * kPanel;
       const uint32_t* x = panels + panel * panel_units;
       const int64_t vectors = vectors_of(panel);
 #if defined(__AMX_INT8__)
       if constexpr (kUsesTiles) {
-        const int64_t steps = round_up(count, 32) / 32 * (num_units / 16) * Unit::kTerms + 1;
+        const int64_t steps = round_up(count, 32) / 32 * (num_units / 16) * ((vectors + 1) / 2) + 1;
         Ahead ahead(x + panel_units, panel + 1 < end_panel ? panel_units * 4 : 0, steps);
-        if (vectors == 2) {
-          multiply_panel_of_tiles<true>(left, weights, count, x, sums, &ahead);
-        } else {
-          multiply_panel_of_tiles<false>(left, weights, count, x, sums, &ahead);
+        for (int64_t vector = 0; vector < vectors; vector += 2) {
+          const uint32_t* columns = x + vector * kLanes;
+          float* to = sums + vector * kLanes;
+          if (vector + 1 < vectors) {
+            multiply_panel_of_tiles<true>(left, weights, count, columns, to, &ahead);
+          } else {
+            multiply_panel_of_tiles<false>(left, weights, count, columns, to, &ahead);
+          }
         }
       } else {
         multiply_block<Unit>(left, x, sums, count, vectors, num_units);
@@ -240,36 +271,42 @@ struct Pass {
                           reinterpret_cast<uint32_t*>(to), kBlockRows);
         }
       }
-      const int64_t begin = panel * kPanel;
-      finish<Unit::kIsInteger>(p, terms, turned, kBlockRows, scales + begin, first_row + begin,
-                               rows - begin < kPanel ? rows - begin : kPanel, first, count);
+      const int64_t begin = panel * kPanelRows;
+#if defined(__AMX_INT8__)
+      if constexpr (kDigits > 1) {
+        join_digits<kDigits>(turned, kBlockRows, scales + begin, rows_of(panel), count);
+      }
+#endif
+      finish<Unit::kIsInteger && kDigits == 1>(p, terms, turned, kBlockRows, scales + begin,
+                                               first_row + begin, rows_of(panel), first, count);
     }
   }
 };
 
 template <typename Unit>
 void multiply_many(const Int8LinearParams& p, int64_t num_threads) {
+  using Pass = PYFAST_ISA::Pass<Unit>;
   const int64_t num_units =
       round_up((p.k + Unit::kElements - 1) / Unit::kElements, kUnitStep<Unit>);
-  const int64_t row_units = num_units * Unit::kTerms;
-  const int64_t most_rows = round_up(p.m < kPassRows ? p.m : kPassRows, kPanel<Unit>);
+  const int64_t most_rows = p.m < kPassRows<Unit> ? p.m : kPassRows<Unit>;
+  const int64_t most_panels = (most_rows + Pass::kPanelRows - 1) / Pass::kPanelRows;
+  const int64_t panel_units = most_panels * num_units * Pass::kPanel;
   const int64_t threads = num_threads < 1 ? 1 : num_threads;
-  const int64_t pack_bytes =
-      Memory::bytes<uint32_t>(kLanes * row_units) + Memory::bytes<int8_t>(p.k);
+  const int64_t pack_bytes = Memory::bytes<uint32_t>(Pass::kGroupVectors * kLanes * num_units) +
+                             Memory::bytes<int8_t>(p.k);
   const int64_t weight_bytes = Memory::bytes<uint32_t>(kBlockRows * (num_units + kPadUnits));
   const int64_t scratch_bytes = pack_bytes > weight_bytes ? pack_bytes : weight_bytes;
-  Memory memory(static_cast<char*>(thread_workspace(Memory::bytes<uint32_t>(most_rows * row_units) +
+  Memory memory(static_cast<char*>(thread_workspace(Memory::bytes<uint32_t>(panel_units) +
                                                     Memory::bytes<float>(most_rows) +
                                                     threads * scratch_bytes)));
-  uint32_t* panels = memory.take<uint32_t>(most_rows * row_units);
+  uint32_t* panels = memory.take<uint32_t>(panel_units);
   float* scales = memory.take<float>(most_rows);
   char* scratch = memory.take<char>(threads * scratch_bytes);
   const int64_t num_blocks = (p.n + kBlockRows - 1) / kBlockRows;
-  for (int64_t first_row = 0; first_row < p.m; first_row += kPassRows) {
-    const int64_t rows = p.m - first_row < kPassRows ? p.m - first_row : kPassRows;
-    const Pass<Unit> pass = {p, first_row, rows, num_units, panels, scales, scratch, scratch_bytes};
-    const int64_t num_groups = round_up(rows, kLanes) / kLanes;
-    parallel_for(num_groups, threads, [&](int64_t begin, int64_t end, int64_t thread) {
+  for (int64_t first_row = 0; first_row < p.m; first_row += most_rows) {
+    const int64_t rows = p.m - first_row < most_rows ? p.m - first_row : most_rows;
+    const Pass pass = {p, first_row, rows, num_units, panels, scales, scratch, scratch_bytes};
+    parallel_for(pass.num_groups(), threads, [&](int64_t begin, int64_t end, int64_t thread) {
       for (int64_t group = begin; group < end; ++group) pass.pack(group, thread);
     });
     // Where there are few blocks, each is done for parts of the panels apart.
@@ -286,6 +323,13 @@ void multiply_many(const Int8LinearParams& p, int64_t num_threads) {
                               panels_of_pass * (part + 1) / parts, thread);
       }
     });
+    if constexpr (Unit::kDigits > 1) {
+      bool has_digits[kPassRows<Unit>];  // the workspace is needed for the other rows
+      for (int64_t row = 0; row < rows; ++row) has_digits[row] = scales[row] == scales[row];
+      for (int64_t row = 0; row < rows; ++row) {
+        if (!has_digits[row]) multiply_few<FloatDot>(row_of(p, first_row + row), num_threads);
+      }
+    }
   }
 }
 
@@ -309,20 +353,22 @@ void int8_linear_cpu(const Int8LinearParams& params, int num_threads) {
   }
   [[maybe_unused]] const DType dtype = params.smooth == nullptr ? params.x_dtype : DType::kFloat32;
 #if defined(__AMX_INT8__)
-  if (m <= kFewRowsOfFloats) return multiply_few<FloatDot>(params, threads);
-  if (dtype == DType::kBFloat16) return multiply_many<PairWeightUnit<1>>(params, threads);
-  if (dtype == DType::kFloat16) return multiply_many<PairWeightUnit<2>>(params, threads);
-  multiply_many<PairWeightUnit<3>>(params, threads);
-#else
-#if defined(__AVX512VBMI__)
+  if (dtype == DType::kBFloat16 && m > kFewRowsOfDigits) {
+    return multiply_many<PairWeightUnit>(params, threads);
+  }
+  // Beyond, the sums of digits could overflow.
+  if (m > kFewRowsOfFloats && params.k < int64_t{1} << 17) {
+    return dtype == DType::kFloat32 ? multiply_many<DigitUnit<4>>(params, threads)
+                                    : multiply_many<DigitUnit<3>>(params, threads);
+  }
+#elif defined(__AVX512VBMI__)
   if (dtype == DType::kBFloat16) {
     return m <= kFewRowsOfFloats ? multiply_few<PairDot>(params, threads)
-                                 : multiply_many<PairWeightUnit<1>>(params, threads);
+                                 : multiply_many<PairWeightUnit>(params, threads);
   }
 #endif
   if (m <= kFewRowsOfFloats) return multiply_few<FloatDot>(params, threads);
   multiply_many<FloatWeightUnit>(params, threads);
-#endif
 }
 
 }  // namespace pyfast::PYFAST_ISA

@@ -4,20 +4,23 @@
 //              128 times the sum of the weights too large
 //   WordUnit   two of each, widened to int16, vpmaddwd: exact; (vpmaddubsw would saturate)
 //   FloatUnit  weight-only: one weight converted to float
-//   PairUnit   weight-only: two weights converted to bfloat16, which holds them exactly
-// In tiles of AMX, ByteUnit's x is int8 and nothing is too large. Instructions on bfloat16 take
-// subnormal values for 0.
+//   PairUnit   weight-only: two weights converted to bfloat16, which holds them exactly; its
+//              instructions take subnormal values for 0
+//   DigitUnit  weight-only with AMX: ByteUnit, and x as whole numbers of three or four digits of a
+//              byte, each digit a row of its own (int8_digits.h)
+// In tiles of AMX, ByteUnit's x is int8 and nothing is too large.
 #pragma once
 
 #include "../common/product.h"
 #include "../common/quantize_row.h"
+#include "int8_digits.h"
 #include "int8_linear.h"
 
 namespace pyfast::PYFAST_ISA {
 
-// Up to so many rows of x int8_dot.h is faster.
+// Up to so many rows of x int8_dot.h is faster; up to so many of bfloat16, digits.
 #if defined(__AMX_INT8__)
-constexpr int64_t kFewRows = 4, kFewRowsOfFloats = 2;
+constexpr int64_t kFewRows = 4, kFewRowsOfFloats = 1, kFewRowsOfDigits = 10;
 #else
 constexpr int64_t kFewRows = 8, kFewRowsOfFloats = 8;
 #endif
@@ -32,7 +35,7 @@ PYFAST_ALWAYS_INLINE int32_t word_at(const uint32_t* from) {
 #if defined(__AVX512VNNI__)
 constexpr bool kHasBytes = true;
 struct ByteUnit {
-  static constexpr int kElements = 4, kTerms = 1;
+  static constexpr int kElements = 4, kDigits = 1;
   static constexpr bool kIsInteger = true;
   static PYFAST_ALWAYS_INLINE Lanes dot(const uint32_t* a, Lanes b, Lanes acc) {
     const __m512i sum = _mm512_dpbusd_epi32(_mm512_castps_si512(acc.v), _mm512_castps_si512(b.v),
@@ -45,7 +48,7 @@ constexpr bool kHasBytes = false;
 #endif
 
 struct WordUnit {
-  static constexpr int kElements = 2, kTerms = 1;
+  static constexpr int kElements = 2, kDigits = 1;
   static constexpr bool kIsInteger = true;
   static PYFAST_ALWAYS_INLINE Lanes dot(const uint32_t* a, Lanes b, Lanes acc) {
 #if defined(__AVX512F__)
@@ -71,16 +74,19 @@ struct WordUnit {
 };
 
 struct FloatWeightUnit : FloatUnit {
-  static constexpr int kTerms = 1;
+  static constexpr int kDigits = 1;
   static constexpr bool kIsInteger = false;
 };
 #if defined(__AVX512BF16__)
-// x is a sum of terms: one for bfloat16, two for float16, three for float32 hold it exactly (down
-// to 1e-32, where terms become subnormal).
-template <int kNumTerms>
 struct PairWeightUnit : PairUnit {
-  static constexpr int kTerms = kNumTerms;
+  static constexpr int kDigits = 1;
   static constexpr bool kIsInteger = false;
+};
+#endif
+#if defined(__AMX_INT8__)
+template <int kNumDigits>
+struct DigitUnit : ByteUnit {
+  static constexpr int kDigits = kNumDigits;
 };
 #endif
 
@@ -117,13 +123,6 @@ PYFAST_ALWAYS_INLINE Lanes load_int8(const int8_t* from, int n) {
 #else
   return each_lane([&](int i) { return i < n ? static_cast<float>(from[i]) : 0.0f; });
 #endif
-}
-
-template <typename F>
-PYFAST_ALWAYS_INLINE void for_each_lanes(int64_t size, const F& f) {
-  int64_t j = 0;
-  for (; j + kLanes <= size; j += kLanes) f(j, kLanes);
-  if (j < size) f(j, static_cast<int>(size - j));
 }
 
 #if defined(__AVX512VBMI__)
@@ -171,12 +170,6 @@ inline void order_pairs(uint32_t* units, int64_t num_units) {
 #else
 inline void order_pairs(uint32_t*, int64_t) {}
 #endif
-
-inline void clear_units(uint32_t* units, int64_t elements, int64_t element_bytes,
-                        int64_t num_units) {
-  const int64_t used = elements * element_bytes;
-  memset(reinterpret_cast<char*>(units) + used, 0, static_cast<size_t>(num_units * 4 - used));
-}
 
 // A row of k weights as num_units units, zeros beyond.
 template <typename Unit>
@@ -230,35 +223,16 @@ inline void spread_values(const int8_t* values, int64_t k, uint32_t* units, int6
   }
 }
 
-// What of x bfloat16 holds without rounding, which could make Inf of the largest; NaN and Inf stay.
-// The last term holds all that is left.
-template <int kTerms>
-PYFAST_ALWAYS_INLINE Lanes upper_half(Lanes x) {
-#if defined(__AMX_INT8__)
-  if constexpr (kTerms == 1) return x;
-  const __mmask16 is_number = _mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q);
-  const __m512i bits = _mm512_castps_si512(x.v), low = _mm512_set1_epi32(0xFFFF);
-  return {_mm512_castsi512_ps(_mm512_mask_andnot_epi32(bits, is_number, low, bits))};
-#else
-  return x;
-#endif
-}
-template <int kTerms>
-PYFAST_ALWAYS_INLINE Lanes rest_of(Lanes x, Lanes part) {
-#if defined(__AMX_INT8__)
-  const Lanes rest = x - part;  // NaN for Inf
-  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(rest.v, rest.v, _CMP_ORD_Q), rest.v)};
-#else
-  (void)part;
-  return x;
-#endif
-}
-
-// A row of x as num_units units for each term, zeros beyond; returns its scale. `values` holds k
-// bytes.
+// A row of x as num_units units (of each digit), zeros beyond; returns its scale, or the exponent of
+// its digits. `values` holds k bytes.
 template <typename Unit, bool kSigned, typename T>
 inline float convert_row(const Int8LinearParams& p, const T* x, int8_t* values, uint32_t* units,
                          int64_t num_units) {
+#if defined(__AMX_INT8__)
+  if constexpr (Unit::kDigits > 1) {
+    return digits_of_row<Unit::kDigits>(x, p.smooth, p.k, units, num_units);
+  }
+#endif
   if constexpr (Unit::kIsInteger) {
     const ValueRange range = value_range<true>(x, p.smooth, p.k);
     const float given = p.input_scale == nullptr ? 0.0f : *p.input_scale;
@@ -267,19 +241,12 @@ inline float convert_row(const Int8LinearParams& p, const T* x, int8_t* values, 
     spread_values<Unit, kSigned>(values, p.k, units, num_units);
     return scale;
   } else if constexpr (Unit::kElements == 2) {
+    auto* pairs = reinterpret_cast<BFloat16*>(units);
     for_each_lanes(p.k, [&](int64_t j, int n) PYFAST_INLINE_LAMBDA {
-      Lanes rest = load_smoothed(x, p.smooth, j, n);
-#pragma GCC unroll 3
-      for (int term = 0; term < Unit::kTerms; ++term) {
-        const Lanes part = upper_half<Unit::kTerms>(rest);
-        part.store(reinterpret_cast<BFloat16*>(units + term * num_units) + j, n);
-        rest = rest_of<Unit::kTerms>(rest, part);
-      }
+      load_smoothed(x, p.smooth, j, n).store(pairs + j, n);
     });
-    for (int term = 0; term < Unit::kTerms; ++term) {
-      clear_units(units + term * num_units, p.k, 2, num_units);
-      order_pairs(units + term * num_units, num_units);
-    }
+    clear_units(units, p.k, 2, num_units);
+    order_pairs(units, num_units);
   } else {
     auto* floats = reinterpret_cast<float*>(units);
     for_each_lanes(p.k, [&](int64_t j, int n) PYFAST_INLINE_LAMBDA {
