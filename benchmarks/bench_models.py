@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 LAYERS = 4
 CACHED = 2000  # tokens
+NEW_TOKENS = 8  # of a call: activation is entered once for them
 CHECK_SHAPE = (2, 100)
 ROUNDED = "rounded weights"  # the stock model with the weights that int8 ones stand for
 
@@ -81,11 +82,11 @@ def _llama(width: int, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class ModelCase(BaseCase):
-    """A model over ``shape`` = (batch, tokens); decoding is one token after so many.
+    """A model over ``shape`` = (batch, tokens); decoding is eight tokens after so many.
 
     Attributes:
         build: makes the model; takes options of its configuration.
-        trains: a training step; otherwise a step of decoding.
+        trains: a training step; otherwise decoding.
     """
 
     build: Callable[..., Any]
@@ -93,10 +94,10 @@ class ModelCase(BaseCase):
 
     @property
     def num_bytes(self) -> int:
-        """The parameters once."""
+        """The parameters once, for each token that is decoded."""
         with torch.device("meta"):
             parameters: int = sum(p.numel() for p in self.build().parameters())
-        return parameters * self.dtype.itemsize
+        return parameters * self.dtype.itemsize * (1 if self.trains else NEW_TOKENS)
 
     @property
     def implementations(self) -> tuple[str, ...]:
@@ -130,7 +131,8 @@ class PreparedModel(Prepared):
             quantize_(model, Int8WeightOnly())
             dequantize_(model, torch.float64)
         elif implementation.startswith("pyfast"):
-            pyfast.patch(model, int8=Int8WeightOnly() if implementation.endswith("int8") else None)
+            int8 = Int8WeightOnly() if implementation.endswith("int8") else None
+            pyfast.patch(model, linear=not self.case.trains, int8=int8)
             _with_attention(model)
         return model.train(self.case.trains)
 
@@ -161,7 +163,7 @@ class PreparedModel(Prepared):
         return self.tokens[:, 0] % 2 if classifies else self.tokens
 
     def _decoding_step(self, model: Any, implementation: str) -> Call:
-        """The next token, and then again: the cache is cut back to its length."""
+        """The next tokens, one at a time, and then again: the cache is cut back to its length."""
         cache = None
         if implementation.startswith("pyfast"):
             from pyfast.integrations.transformers import GrowingCache
@@ -174,8 +176,9 @@ class PreparedModel(Prepared):
 
         def step() -> Tensor:
             with torch.no_grad():
-                logits: Tensor = model(input_ids=token, past_key_values=cache).logits
-            cache.crop(-1)
+                for _ in range(NEW_TOKENS):
+                    logits: Tensor = model(input_ids=token, past_key_values=cache).logits
+            cache.crop(-NEW_TOKENS)
             return logits
 
         return step

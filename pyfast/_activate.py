@@ -73,7 +73,8 @@ class _Override:
         finally:
             self.inside.now = False
 
-    def acquire(self) -> None:
+    def acquire(self) -> list[_Renaming]:
+        """What is to be renamed."""
         self.users += 1
         if self.users == 1:
             current = getattr(F, self.name)
@@ -85,28 +86,33 @@ class _Override:
             if isinstance(self.torch, types.BuiltinFunctionType):
                 name = f"aten::{self.name}"
                 torch.jit._builtins._register_builtin(self.replacement, name)
-            self._rename(current, self.replacement)
+            return [(self.name, current, self.replacement)]
+        return []
 
-    def release(self) -> str:
-        """What there is to warn of."""
+    def release(self) -> list[_Renaming]:
         self.users -= 1
-        if self.users:
-            return ""
-        current = getattr(F, self.name)
-        self._rename(self.replacement, self.original)
-        if current is self.replacement:
-            return ""
-        return f"torch.nn.functional.{self.name} has become {current!r} and is left as it is"
+        return [] if self.users else [(self.name, self.replacement, self.original)]
 
-    def _rename(self, old: object, new: object) -> None:
-        """In torch.nn.functional, and wherever the name was imported from there."""
-        for module in list(sys.modules.values()):
-            if (
-                isinstance(module, types.ModuleType)
-                and module is not torch._C._nn  # known to torch by identity
-                and vars(module).get(self.name) is old
-            ):
-                vars(module)[self.name] = new
+
+_Renaming = tuple[str, object, object]  # a name, what it stands for, and what it is to stand for
+
+
+def _rename(renamings: list[_Renaming]) -> list[str]:
+    """In torch.nn.functional, and wherever a name was imported from there; in one pass, because
+    there are thousands of modules. What there is to warn of: other things stand there."""
+    left = [
+        f"torch.nn.functional.{name} has become {current!r} and is left as it is"
+        for name, old, _ in renamings
+        if (current := getattr(F, name)) is not old
+    ]
+    for module in list(sys.modules.values()) if renamings else ():
+        if not isinstance(module, types.ModuleType) or module is torch._C._nn:
+            continue  # torch._C._nn's are known to torch by identity
+        members = module.__dict__
+        for name, old, new in renamings:
+            if members.get(name) is old:
+                members[name] = new
+    return left
 
 
 def _why_not_dropout(x: Any) -> str:
@@ -218,11 +224,13 @@ class Activation:
         self.attention, self.dropout = attention, dropout
         self._is_on = True
         with _lock:
+            renamings = []
             if attention:
-                _attention.acquire()
+                renamings += _attention.acquire()
                 _surroundings.acquire()
             if dropout:
-                _dropout.acquire()
+                renamings += _dropout.acquire()
+            _rename(renamings)
 
     def deactivate(self) -> None:
         """Undo this activation; the first call alone does anything.
@@ -234,13 +242,14 @@ class Activation:
             if not self._is_on:
                 return
             self._is_on = False
-            left = []
+            renamings = []
             if self.attention:
-                left.append(_attention.release())
+                renamings += _attention.release()
                 _surroundings.release()
             if self.dropout:
-                left.append(_dropout.release())
-        for text in filter(None, left):
+                renamings += _dropout.release()
+            left = _rename(renamings)
+        for text in left:
             warnings.warn(f"pyfast.activate: {text}", RuntimeWarning, stacklevel=2)
 
     def __enter__(self) -> Activation:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import nn
 from ._patch_notes import notes_on
@@ -36,13 +37,16 @@ _REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 }
 
 
-def _replacements() -> dict[type[torch.nn.Module], type[torch.nn.Module]]:
+def _replacements(linear: bool) -> dict[type[torch.nn.Module], type[torch.nn.Module]]:
     """With those of transformers, where models of it can be there."""
-    if "transformers.activations" not in sys.modules:
-        return _REPLACEMENTS
-    from .integrations._transformers_activations import REPLACEMENTS
+    replacements = dict(_REPLACEMENTS)
+    if linear:
+        replacements[torch.nn.Linear] = nn.Linear
+    if "transformers.activations" in sys.modules:
+        from .integrations._transformers_activations import REPLACEMENTS
 
-    return _REPLACEMENTS | REPLACEMENTS
+        replacements |= REPLACEMENTS
+    return replacements
 
 
 @dataclass(frozen=True)
@@ -161,16 +165,19 @@ def _find(
             yield from _find(child, f"{path}.{name}" if path else name, above | {id(module)})
 
 
-def _why_skipped(module: torch.nn.Module) -> str | None:
+def _why_skipped(
+    module: torch.nn.Module, replacements: dict[type[torch.nn.Module], type[torch.nn.Module]]
+) -> str | None:
     """Why a module is left alone: empty if it is not, None if it needs no mention."""
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         return "a ScriptModule: its code, and that of the modules in it, is compiled already"
-    replacements = _replacements()
     if kind in replacements:
         return "its forward is overridden on the instance" if "forward" in module.__dict__ else ""
     if kind in replacements.values():
         return "already pyfast's"
+    if kind is NonDynamicallyQuantizableLinear:
+        return None  # a part of MultiheadAttention
     for known in replacements:
         if isinstance(module, known):
             return f"a subclass of {known.__name__}: its forward may differ"
@@ -224,6 +231,7 @@ def patch(
     model: torch.nn.Module,
     dry_run: bool = False,
     *,
+    linear: bool = False,
     int8: Config | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> PatchReport:
@@ -254,6 +262,9 @@ def patch(
     Args:
         model: the model; swapped itself if it is an instance of one of these classes.
         dry_run: change nothing, report what would be. Default: ``False``
+        linear: also replace ``torch.nn.Linear``, for a model that decodes on the CPU: layers of few
+            tokens run at the memory's speed (:func:`pyfast.nn.functional.linear`). Default:
+            ``False``
         int8: also quantize the model: :func:`pyfast.quantization.quantize_` with this
             configuration, for a model that is deployed. ``undo()`` does not bring the weights back.
         optimizer: also make this optimizer of the model pyfast's, for one that is trained:
@@ -277,10 +288,11 @@ def patch(
         modules[id(module)] = module
         paths.setdefault(id(module), []).append(path)
     entries = []
+    replacements = _replacements(linear)
     for key, module in modules.items():
-        reason = _why_skipped(module)
+        reason = _why_skipped(module, replacements)
         if reason is not None:
-            source, target = type(module), None if reason else _replacements()[type(module)]
+            source, target = type(module), None if reason else replacements[type(module)]
             entries.append(PatchEntry(", ".join(paths[key]), source, target, reason, module))
             if target is not None and not dry_run:
                 module.__class__ = target

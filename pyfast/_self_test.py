@@ -91,6 +91,10 @@ def _quantize_int8(new: _Inputs) -> Results:
     return list(F.quantize_int8(new.normal(37, 264)))
 
 
+def _linear(new: _Inputs) -> Results:
+    return [F.linear(new.normal(5, 70), new.normal(30, 70), new.normal(30))]
+
+
 def _int8_linear(new: _Inputs) -> Results:
     weight, scale = F.quantize_int8(new.normal(30, 264))
     x = new.normal(37, 264)
@@ -120,6 +124,7 @@ _CALLS: dict[str, Callable[[_Inputs], Results]] = {
     "dropout_add_norm": _dropout_add_norm,
     "dropout_add_norm_int8": _dropout_add_norm_int8,
     "int8_linear": _int8_linear,
+    "linear": _linear,
     "int8_mm": _int8_mm,
     "optimizer_step": _optimizer_step,
     "quantize_int8": _quantize_int8,

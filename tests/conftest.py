@@ -25,7 +25,7 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
 
 CPU_LEVELS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
-INTEGER_LEVELS = {"avx512_vnni", "amx"}  # of int8 products alone; elsewhere the one below, again
+PRODUCT_LEVELS = {"avx512_vnni", "amx"}  # of products with weights; elsewhere the one below
 
 
 class Backend(NamedTuple):
@@ -100,12 +100,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" not in metafunc.fixturenames:
         return
     marker = metafunc.definition.get_closest_marker("backends")
-    has_integer_levels = "int8" in metafunc.module.__name__
+    has_product_levels = "linear" in metafunc.module.__name__ or "int8" in metafunc.module.__name__
     chosen = [
         backend
         for backend in _backends(metafunc.config.getoption("--emulate-cuda"))
         if (marker is None or backend.name in marker.args)
-        and (has_integer_levels or backend.level not in INTEGER_LEVELS)
+        and (has_product_levels or backend.level not in PRODUCT_LEVELS)
     ]
     metafunc.parametrize("backend", chosen, ids=[b.id for b in chosen], indirect=True)
 

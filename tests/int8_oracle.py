@@ -380,7 +380,7 @@ def guarded_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tens
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", torch_empty)
-        for module in (pyfast.ops.int8_linear, pyfast.ops.quantize_int8):
+        for module in (pyfast.ops.int8_linear, pyfast.ops.linear, pyfast.ops.quantize_int8):
             patch.setattr(module, "empty", ops_empty, raising=False)
         yield made
 

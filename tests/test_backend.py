@@ -209,7 +209,7 @@ with pyfast.use_backend("triton"):
 
 
 def test_namespaces_are_those_of_torch() -> None:
-    assert pyfast.nn.Linear is torch.nn.Linear and pyfast.nn.Module is torch.nn.Module
+    assert pyfast.nn.Conv1d is torch.nn.Conv1d and pyfast.nn.Module is torch.nn.Module
     assert pyfast.nn.functional.softmax is torch.nn.functional.softmax
     assert pyfast.optim.Adagrad is torch.optim.Adagrad
     pairs = ((pyfast.nn, torch.nn), (F, torch.nn.functional), (pyfast.optim, torch.optim))

@@ -1,5 +1,4 @@
-// Tiles of AMX: 16 rows of 64 bytes. A step is 32 rows of weights by 32 columns, 16 units deep:
-// four tiles loaded, four products. Measured on Sapphire Rapids, nanoseconds a step: 25 for the
+// Products in tiles of AMX. Measured on Sapphire Rapids, nanoseconds a step: 25 for the
 // products alone, 39 with operands from L2, 45 with weights in rows of 4 KB, 100 with a panel whose
 // rows are 256 bytes apart. (A neighbour on the core's other thread makes a step with four products
 // take 160, one with two 50: what counts then is the number of products.) Weight-only, x becomes
@@ -7,6 +6,7 @@
 // instead: for one panel just before they are used, else once a block.
 #pragma once
 
+#include "../common/tiles.h"
 #include "int8_tile.h"
 
 #if defined(__AMX_INT8__)
@@ -33,71 +33,6 @@ class Ahead {
   int64_t lines_;
 };
 
-// The configuration is a thread's. (The compiler's intrinsics do not say that they read memory.)
-class Tiles {
- public:
-  Tiles() {
-    struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
-    asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
-  }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-  ~Tiles() { asm volatile("tilerelease" ::: "memory"); }
-};
-
-#define PYFAST_TILE_LOAD(tile, from, stride) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #tile::"r"(from), "r"(stride) : "memory")
-#define PYFAST_TILE_STORE(tile, to, stride) \
-  asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"(stride) : "memory")
-#define PYFAST_TILE_ZERO(tile) asm volatile("tilezero %%tmm" #tile::: "memory")
-#define PYFAST_TILE_DOT(sum, a, b)                                      \
-  do {                                                                  \
-    if constexpr (Unit::kIsInteger) {                                   \
-      asm volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #sum::);   \
-    } else {                                                            \
-      asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum::); \
-    }                                                                   \
-  } while (false)
-
-// One step: weights from two tiles at `a`, columns from `b`.
-template <typename Unit, bool kTwoColumns>
-PYFAST_ALWAYS_INLINE void tile_step(const char* a, int64_t stride, const uint32_t* b) {
-  constexpr int64_t kPanelBytes = kPanel<Unit> * 4;
-  PYFAST_TILE_LOAD(4, a, stride);
-  PYFAST_TILE_LOAD(6, b, kPanelBytes);
-  PYFAST_TILE_DOT(0, 4, 6);
-  PYFAST_TILE_LOAD(5, a + 16 * stride, stride);
-  PYFAST_TILE_DOT(2, 5, 6);
-  if constexpr (kTwoColumns) {
-    PYFAST_TILE_LOAD(7, b + 16, kPanelBytes);
-    PYFAST_TILE_DOT(1, 4, 7);
-    PYFAST_TILE_DOT(3, 5, 7);
-  }
-}
-
-PYFAST_ALWAYS_INLINE void zero_tiles() {
-  PYFAST_TILE_ZERO(0);
-  PYFAST_TILE_ZERO(1);
-  PYFAST_TILE_ZERO(2);
-  PYFAST_TILE_ZERO(3);
-}
-
-template <typename Unit, bool kTwoColumns>
-PYFAST_ALWAYS_INLINE void store_tiles(float* sums) {
-  constexpr int64_t kPanelBytes = kPanel<Unit> * 4;
-  PYFAST_TILE_STORE(0, sums, kPanelBytes);
-  PYFAST_TILE_STORE(2, sums + 16 * kPanel<Unit>, kPanelBytes);
-  if constexpr (kTwoColumns) {
-    PYFAST_TILE_STORE(1, sums + 16, kPanelBytes);
-    PYFAST_TILE_STORE(3, sums + 16 * kPanel<Unit> + 16, kPanelBytes);
-  }
-}
-
 // 32 rows of units, a multiple of 16 of them, by a panel of one or two vectors.
 template <typename Unit, bool kTwoColumns>
 inline __attribute__((noinline)) void multiply_tiles(const char* weights, int64_t stride,
@@ -106,10 +41,11 @@ inline __attribute__((noinline)) void multiply_tiles(const char* weights, int64_
   Ahead next = *ahead;
   zero_tiles();
   for (int64_t u = 0; u < num_units; u += 16) {
-    tile_step<Unit, kTwoColumns>(weights + u * 4, stride, panel + u * kPanel<Unit>);
+    tile_step<Unit, kTwoColumns>(weights + u * 4, stride, panel + u * kPanel<Unit>,
+                                 kPanel<Unit> * 4);
     next.step();
   }
-  store_tiles<Unit, kTwoColumns>(sums);
+  store_tiles<kTwoColumns>(sums, kPanel<Unit>);
   *ahead = next;
 }
 
@@ -141,10 +77,10 @@ inline __attribute__((noinline)) void multiply_converted(const int8_t* weights, 
     const uint32_t* b = panel + u * kPanel<Unit>;
     for (int step = 0; step < 2; ++step) {
       tile_step<Unit, kTwoColumns>(reinterpret_cast<const char*>(buffer[turn][step]), 64,
-                                   b + step * 16 * kPanel<Unit>);
+                                   b + step * 16 * kPanel<Unit>, kPanel<Unit> * 4);
     }
   }
-  store_tiles<Unit, kTwoColumns>(sums);
+  store_tiles<kTwoColumns>(sums, kPanel<Unit>);
 }
 
 }  // namespace pyfast::PYFAST_ISA

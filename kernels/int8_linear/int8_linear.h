@@ -31,6 +31,6 @@ struct Int8LinearParams {
   int64_t k;
 };
 
-PYFAST_CPU_INTEGER_KERNEL(int8_linear_cpu, Int8LinearParams);
+PYFAST_CPU_PRODUCT_KERNEL(int8_linear_cpu, Int8LinearParams);
 
 }  // namespace pyfast

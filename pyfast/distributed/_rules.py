@@ -250,5 +250,6 @@ RULES: dict[str, Rule] = {
 }
 
 WITHOUT_RULE = {
+    "linear": "its caller hands shards to torch",
     "optimizer_step": "its caller hands it the shards of this rank, which it steps in place",
 }

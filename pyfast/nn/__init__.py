@@ -15,6 +15,7 @@ from .fused import BiasDropoutAdd, DropoutAddNorm
 from .int8 import Int8Embedding, Int8Linear
 from .int8_attention import Int8MultiheadAttention
 from .int8_conv import Int8Conv1d, Int8Conv2d
+from .linear import Linear
 from .transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Int8Embedding",
     "Int8Linear",
     "Int8MultiheadAttention",
+    "Linear",
     "MultiheadAttention",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",

@@ -14,6 +14,7 @@ from ..ops.dropconnect import dropconnect_linear
 from ..ops.dropout import alpha_dropout, dropout
 from ..ops.dropout_add_norm import dropout_add_norm
 from ..ops.int8_linear import int8_linear, int8_mm
+from ..ops.linear import linear
 from ..ops.multi_head_attention import multi_head_attention_forward
 from ..ops.quantize_int8 import dequantize_int8, fake_quantize, quantize_int8
 from ..ops.scaled_dot_product_attention import scaled_dot_product_attention
@@ -34,6 +35,7 @@ __all__ = [
     "feature_alpha_dropout",
     "int8_linear",
     "int8_mm",
+    "linear",
     "multi_head_attention_forward",
     "quantize_int8",
     "scaled_dot_product_attention",

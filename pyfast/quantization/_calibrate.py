@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._replace import LINEARS
+
 _NUM_BINS = 0x7F80  # of finite magnitudes, by the upper half of a float32
 
 
@@ -157,7 +159,7 @@ def calibrate(
     with contextlib.ExitStack() as stack:
         linears, norms = {}, {}
         for path, module in model.named_modules():
-            if type(module) is nn.Linear:
+            if type(module) in LINEARS:
                 counted = isinstance(observer, PercentileObserver)
                 histogram = torch.zeros(_NUM_BINS, dtype=torch.int64) if counted else None
                 watch = linears[path] = _Watch(path, "input", histogram)

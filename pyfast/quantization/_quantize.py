@@ -20,13 +20,13 @@ from ._configs import (
     SmoothQuant,
 )
 from ._qat import Int8QATLinear
-from ._replace import INT8, assume, set_fast_paths
+from ._replace import INT8, LINEARS, assume, set_fast_paths
 from ._report import QuantizationEntry, QuantizationReport, num_bytes
 from ._smooth import Fold, plan_folds, smoothing_factors
 
 _CONVS: dict[type[nn.Module], Any] = {nn.Conv1d: Int8Conv1d, nn.Conv2d: Int8Conv2d}
 _ATTENTIONS = (nn.MultiheadAttention, fast.MultiheadAttention)
-_KINDS = (nn.Linear, nn.Embedding, *_CONVS, *_ATTENTIONS)
+_KINDS = (*LINEARS, nn.Embedding, *_CONVS, *_ATTENTIONS)
 _Filter = Callable[[nn.Module, str], bool]
 
 
@@ -96,7 +96,7 @@ def _kind_reason(module: nn.Module, config: Config) -> str | None:
     if "forward" in module.__dict__:
         return "its forward is overridden on the instance"
     if isinstance(config, Int8QAT):
-        return "" if kind is nn.Linear else "Int8QAT prepares Linear alone"
+        return "" if kind in LINEARS else "Int8QAT prepares Linear alone"
     if kind is nn.Embedding and not config.embeddings:
         return "embeddings are quantized where the configuration says embeddings=True"
     if kind in _CONVS and not isinstance(config, Int8WeightOnly):
@@ -145,7 +145,7 @@ def _break_ties(found: _Found, chosen: dict[int, nn.Module], can_share: bool) ->
             if len(users) == 1:
                 continue
             if can_share and all(
-                id(user) in chosen and type(user) in (nn.Linear, nn.Embedding) for user in users
+                id(user) in chosen and type(user) in (*LINEARS, nn.Embedding) for user in users
             ):
                 continue
             others = ", ".join(found.name(user) for user in users if user is not module)

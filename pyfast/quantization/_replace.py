@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from ..nn import Int8Conv1d, Int8Conv2d, Int8Embedding, Int8Linear, Int8MultiheadAttention
+from ..nn import Int8Conv1d, Int8Conv2d, Int8Embedding, Int8Linear, Int8MultiheadAttention, Linear
 from ._qat import Int8QATLinear
 
 INT8 = (Int8Conv1d, Int8Conv2d, Int8Embedding, Int8Linear, Int8MultiheadAttention)
+LINEARS = (nn.Linear, Linear)
 _SWITCHES = {  # of torch's fast paths, which read the weights of layers without calling them
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
     nn.TransformerEncoder: "use_nested_tensor",

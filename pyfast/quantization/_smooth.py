@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._configs import SmoothQuant
+from ._replace import LINEARS
 
 _TINY = 1e-5  # channels that are never used would be divided by zero
 
@@ -55,7 +56,7 @@ def plan_folds(
         linears = []
         for path in paths:
             linear = quantized.get(path)
-            if type(linear) is not nn.Linear or id(linear) in folds:
+            if type(linear) not in LINEARS or id(linear) in folds:
                 raise ValueError(
                     f"quantize_: fold: {path!r} must be an nn.Linear that is quantized, once"
                 )

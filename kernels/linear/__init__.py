@@ -1,0 +1,1 @@
+"""Kernel and reference of ``linear`` with few rows."""

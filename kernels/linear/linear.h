@@ -1,0 +1,28 @@
+// y = x * weight^T + bias for few rows of x, all of one dtype: what a matrix product of many rows
+// is bound by, arithmetic, is not what this one is; it reads the weights once, at the speed of
+// memory.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/dtype.h"
+#include "../common/isa.h"
+
+namespace pyfast {
+
+struct LinearParams {
+  const void* x;       // [m, k]
+  const void* weight;  // [n, k]
+  const void* bias;    // [n], or null
+  void* y;             // [m, n]
+  DType dtype;         // float32, bfloat16 or float16
+  int64_t m;           // up to kMostLinearRows
+  int64_t n;
+  int64_t k;
+};
+
+constexpr int64_t kMostLinearRows = 32;
+
+PYFAST_CPU_PRODUCT_KERNEL(linear_cpu, LinearParams);
+
+}  // namespace pyfast
