@@ -1,7 +1,7 @@
 // Weight-only products of integers. A row of x becomes whole numbers of 8 * D - 2 bits, shared
 // exponent and all: x = q * 2^(e - (8 * D - 2)), where 2^e is the least power beyond the row's
-// largest magnitude; and q = sum of digit[i] * 256^i with D digits within -128..127. Each digit is a
-// row of int8, whose products with the weights are exact; the D sums of a result are joined in
+// largest magnitude; and q = sum of digit[i] * 256^i with D digits within -128..127. Each digit is
+// a row of int8, whose products with the weights are exact; the D sums of a result are joined in
 // float32. So an element of x is off by at most 2^(e - 8 * D + 1): 2^-23 of the row's largest for
 // three digits (half precisions: results are rounded at 2^-9 and 2^-12), 2^-31 for four (float32),
 // and then the sum is as good as exact, whatever its order. The weights are read as they lie: a

@@ -1,7 +1,7 @@
-// Passes over up to 512 rows of x (or digits of them). First the rows become units, quantized on the way; then the
-// weights are taken in blocks, by threads, and multiplied with all rows of the pass; sums turn into
-// results while they are in L1. Few rows are left as they are (int8_dot.h), more are packed in
-// panels (int8_tile.h).
+// Passes over up to 512 rows of x (or digits of them). First the rows become units, quantized on
+// the way; then the weights are taken in blocks, by threads, and multiplied with all rows of the
+// pass; sums turn into results while they are in L1. Few rows are left as they are (int8_dot.h),
+// more are packed in panels (int8_tile.h).
 #include "../common/parallel.h"
 #include "../common/workspace.h"
 #include "int8_amx.h"

@@ -223,8 +223,8 @@ inline void spread_values(const int8_t* values, int64_t k, uint32_t* units, int6
   }
 }
 
-// A row of x as num_units units (of each digit), zeros beyond; returns its scale, or the exponent of
-// its digits. `values` holds k bytes.
+// A row of x as num_units units (of each digit), zeros beyond; returns its scale, or the exponent
+// of its digits. `values` holds k bytes.
 template <typename Unit, bool kSigned, typename T>
 inline float convert_row(const Int8LinearParams& p, const T* x, int8_t* values, uint32_t* units,
                          int64_t num_units) {

@@ -56,7 +56,7 @@ def plan_folds(
         linears = []
         for path in paths:
             linear = quantized.get(path)
-            if type(linear) not in LINEARS or id(linear) in folds:
+            if not isinstance(linear, LINEARS) or id(linear) in folds:
                 raise ValueError(
                     f"quantize_: fold: {path!r} must be an nn.Linear that is quantized, once"
                 )
