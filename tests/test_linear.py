@@ -186,6 +186,10 @@ def test_everything_else_is_torchs() -> None:
     torch.testing.assert_close(tangent, torch_F.linear(x, weight))
     assert F.linear(x.to("meta"), weight.to("meta")).shape == (4, 9)
     assert F.linear(x.to_sparse(), weight).shape == (4, 9)
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor([x, x[:3]], layout=layout)
+        for given, expected in zip(F.linear(nested, weight).unbind(), (x, x[:3]), strict=True):
+            torch.testing.assert_close(given, torch_F.linear(expected, weight))
 
 
 @pytest.mark.parametrize(
