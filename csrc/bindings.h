@@ -14,5 +14,6 @@ void bind_optimizer_step(pybind11::module_& m);
 void bind_quantize_int8(pybind11::module_& m);
 void bind_int8_linear(pybind11::module_& m);
 void bind_linear(pybind11::module_& m);
+void bind_cross_entropy(pybind11::module_& m);
 
 }  // namespace pyfast

@@ -47,4 +47,5 @@ PYBIND11_MODULE(_C, m) {
   pyfast::bind_quantize_int8(m);
   pyfast::bind_int8_linear(m);
   pyfast::bind_linear(m);
+  pyfast::bind_cross_entropy(m);
 }

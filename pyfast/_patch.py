@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn
@@ -31,6 +31,7 @@ _REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.Dropout3d: nn.Dropout3d,
     torch.nn.AlphaDropout: nn.AlphaDropout,
     torch.nn.FeatureAlphaDropout: nn.FeatureAlphaDropout,
+    torch.nn.CrossEntropyLoss: nn.CrossEntropyLoss,
     torch.nn.MultiheadAttention: nn.MultiheadAttention,
     torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
     torch.nn.TransformerDecoderLayer: nn.TransformerDecoderLayer,
@@ -47,6 +48,12 @@ def _replacements(linear: bool) -> dict[type[torch.nn.Module], type[torch.nn.Mod
 
         replacements |= REPLACEMENTS
     return replacements
+
+
+def _transformers_loss() -> Any:
+    from .integrations import _transformers_loss as module
+
+    return module
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ class PatchReport:
         notes: what patch cannot replace in this model, and what would, in words.
         int8: the report of :func:`pyfast.quantization.quantize_`, where that was asked for.
         optimizer: the classes of the optimizer before and after, where one was given.
+        losses: the models of transformers whose loss is pyfast's.
     """
 
     entries: list[PatchEntry]
@@ -85,6 +93,7 @@ class PatchReport:
     notes: list[str] = field(default_factory=list)
     int8: QuantizationReport | None = None
     optimizer: tuple[type[torch.optim.Optimizer], type[torch.optim.Optimizer]] | None = None
+    losses: list[torch.nn.Module] = field(default_factory=list)
     _optimizer: torch.optim.Optimizer | None = field(default=None, repr=False)
     _undone: bool = field(default=False, init=False)
 
@@ -117,6 +126,8 @@ class PatchReport:
         for entry in self.swapped:
             if type(entry._module) is entry.target:
                 entry._module.__class__ = entry.source
+        for model in self.losses:
+            _transformers_loss().restore(model)
         if self._optimizer is not None and self.optimizer is not None:
             _unpatch_optimizer(self._optimizer, *self.optimizer)
 
@@ -125,6 +136,10 @@ class PatchReport:
 
     def __str__(self) -> str:
         parts = [self._table()]
+        if self.losses:
+            verb = "would be" if self.dry_run else "is"
+            names = ", ".join(type(model).__name__ for model in self.losses)
+            parts.append(f"the loss of {names} {verb} pyfast.nn.functional.cross_entropy")
         if self.int8 is not None:
             parts.append(str(self.int8))
         if self.optimizer is not None:
@@ -238,12 +253,14 @@ def patch(
     """Make a model use pyfast: swap the modules that pyfast replaces, in place.
 
     What is replaced, by pyfast.nn's class of the same name: ``torch.nn.Dropout``, ``Dropout1d``,
-    ``Dropout2d``, ``Dropout3d``, ``AlphaDropout``, ``FeatureAlphaDropout``, ``MultiheadAttention``,
-    ``TransformerEncoderLayer`` and ``TransformerDecoderLayer``; ``torch.nn.Transformer``,
-    ``TransformerEncoder`` and ``TransformerDecoder`` stay, with their layers replaced. Of
-    transformers: "gelu_new" and "gelu_fast", which torch computes in one operation. Evaluation
-    gives the same numbers as before: dropout to the bit, attention up to rounding. In training the
-    masks are other ones of the same distribution; see :func:`pyfast.nn.functional.dropout` and
+    ``Dropout2d``, ``Dropout3d``, ``AlphaDropout``, ``FeatureAlphaDropout``, ``CrossEntropyLoss``,
+    ``MultiheadAttention``, ``TransformerEncoderLayer`` and ``TransformerDecoderLayer``;
+    ``torch.nn.Transformer``, ``TransformerEncoder`` and ``TransformerDecoder`` stay, with their
+    layers replaced. Of transformers: "gelu_new" and "gelu_fast", which torch computes in one
+    operation, and the loss of causal language models (:func:`pyfast.nn.functional.cross_entropy`).
+    Evaluation gives the same numbers as before: dropout to the bit, attention up to rounding. In
+    training the masks are other ones of the same distribution; see
+    :func:`pyfast.nn.functional.dropout` and
     :func:`pyfast.nn.functional.multi_head_attention_forward` for the differences.
 
     What stays: every module object (the root too, so nothing needs to be reassigned), its hooks,
@@ -297,6 +314,10 @@ def patch(
             if target is not None and not dry_run:
                 module.__class__ = target
     report = PatchReport(entries, dry_run, notes_on(model))
+    if "transformers.modeling_utils" in sys.modules:
+        report.losses = _transformers_loss().find(model)
+        for found in report.losses if not dry_run else ():
+            _transformers_loss().replace(found)
     try:
         if int8 is not None and dry_run:
             report.notes.insert(0, _plan_int8(model, int8))

@@ -91,6 +91,11 @@ def _quantize_int8(new: _Inputs) -> Results:
     return list(F.quantize_int8(new.normal(37, 264)))
 
 
+def _cross_entropy(new: _Inputs) -> Results:
+    logits, target = new.wanted(9, 130), torch.arange(9, device=new.device) * 14
+    return _with_gradients(F.cross_entropy(logits, target, reduction="none"), [logits], new)
+
+
 def _linear(new: _Inputs) -> Results:
     return [F.linear(new.normal(5, 70), new.normal(30, 70), new.normal(30))]
 
@@ -125,6 +130,7 @@ _CALLS: dict[str, Callable[[_Inputs], Results]] = {
     "dropout_add_norm_int8": _dropout_add_norm_int8,
     "int8_linear": _int8_linear,
     "linear": _linear,
+    "cross_entropy": _cross_entropy,
     "int8_mm": _int8_mm,
     "optimizer_step": _optimizer_step,
     "quantize_int8": _quantize_int8,

@@ -33,7 +33,7 @@ OPS = tuple(
 KERNEL_FILES = ("{0}.h", "{0}_cpu.cpp", "{0}_cuda.cu", "{0}_triton.py", "{0}_reference.py")
 WITHOUT_SCHEMA = {"optimizer_step"}  # it changes lists of tensors in place
 WITHOUT_CUDA = {"attention", "int8_linear"}  # CUDA tensors go to their Triton kernels
-ON_CPU_ALONE = {"linear"}  # torch serves GPUs
+ON_CPU_ALONE = {"linear", "cross_entropy"}  # torch serves GPUs
 OTHER_FILES = (
     "pyfast/ops/{0}.py",
     "csrc/{0}.cpp",

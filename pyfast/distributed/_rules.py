@@ -250,6 +250,8 @@ RULES: dict[str, Rule] = {
 }
 
 WITHOUT_RULE = {
+    "cross_entropy": "its caller hands shards to torch",
+    "cross_entropy_backward": "it is called with plain tensors alone",
     "linear": "its caller hands shards to torch",
     "optimizer_step": "its caller hands it the shards of this rank, which it steps in place",
 }

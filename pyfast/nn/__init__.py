@@ -16,11 +16,13 @@ from .int8 import Int8Embedding, Int8Linear
 from .int8_attention import Int8MultiheadAttention
 from .int8_conv import Int8Conv1d, Int8Conv2d
 from .linear import Linear
+from .loss import CrossEntropyLoss
 from .transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "AlphaDropout",
     "BiasDropoutAdd",
+    "CrossEntropyLoss",
     "DropConnect",
     "Dropout",
     "Dropout1d",

@@ -10,6 +10,7 @@ import torch.nn.functional as _torch
 from ..ops.attention_with_kv_cache import attention_with_kv_cache
 from ..ops.bias_dropout_add import bias_dropout_add
 from ..ops.channel_dropout import dropout1d, dropout2d, dropout3d, feature_alpha_dropout
+from ..ops.cross_entropy import cross_entropy
 from ..ops.dropconnect import dropconnect_linear
 from ..ops.dropout import alpha_dropout, dropout
 from ..ops.dropout_add_norm import dropout_add_norm
@@ -24,6 +25,7 @@ __all__ = [
     "alpha_dropout",
     "attention_with_kv_cache",
     "bias_dropout_add",
+    "cross_entropy",
     "dequantize_int8",
     "dropconnect_linear",
     "dropout",

@@ -1,0 +1,1 @@
+"""Kernels and reference of ``cross_entropy``."""
