@@ -72,8 +72,13 @@ class PreparedLoss(Prepared):
 
 
 CASES = [
-    LossCase("cross_entropy", "forward and backward", shape, dtype, floors={"torch": 1.0})
-    for shape in ((1024, 50257), (4096, 32000), (256, 1000), (32, 10))
+    LossCase("cross_entropy", "forward and backward", shape, dtype, floors={"torch": floor})
+    for shape, floor in (
+        ((1024, 50257), 1.0),
+        ((4096, 32000), 1.0),
+        ((256, 1000), 1.0),
+        ((32, 10), 0.9),
+    )
     for dtype in (torch.float32, torch.bfloat16)
 ]
 

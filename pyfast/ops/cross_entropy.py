@@ -17,6 +17,7 @@ from ..kernels.cross_entropy.cross_entropy_reference import (
 from ._native import contiguous, empty, get_num_threads, native
 from ._op import _PLAIN_TYPES, Op, is_eager
 
+_LEAST = 1 << 17  # logits; with fewer the call costs more than what it saves
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _forced, _observers = _backend.forced, _backend.observers
 
@@ -100,7 +101,10 @@ def _why_torch(input: Tensor, target: Tensor, weight: Tensor | None, reduction: 
     """Why torch serves the call, or nothing."""
     if not is_eager(input) or type(target) not in _PLAIN_TYPES or input.is_nested:
         return "an operand is no plain tensor, or is traced or transformed"
-    if not input.is_cpu or native is None or _forced() not in (None, "cpu"):
+    forced = _forced()
+    if forced is None and input.numel() < _LEAST:
+        return "torch is as fast with so few logits"
+    if not input.is_cpu or native is None or forced not in (None, "cpu"):
         return "no kernel is usable there"
     if input.dtype not in _DTYPES or input.layout is not torch.strided:
         return "no kernel reads the dtype or layout of the input"
@@ -134,8 +138,9 @@ def cross_entropy(
     backward pass writes the gradient in their dtype. torch converts half precisions in the model
     (``logits.float()``), keeps the logarithms of all probabilities, and writes a matrix of zeros
     and two more for the gradient. Differences: half precisions are computed in float32 and rounded
-    once. Everything but (N, C) logits with class indices and no weights is torch's: weights,
-    probabilities as targets, more dimensions, float64, GPUs, traced and compiled code.
+    once. Everything but (N, C) logits, 131,072 or more, with class indices and no weights is
+    torch's: weights, probabilities as targets, more dimensions, float64, GPUs, traced and compiled
+    code.
 
     Args:
         input: (N, C) logits (or torch's other shapes).
