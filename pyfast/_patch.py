@@ -314,7 +314,7 @@ def patch(
             if target is not None and not dry_run:
                 module.__class__ = target
     report = PatchReport(entries, dry_run, notes_on(model))
-    if "transformers.modeling_utils" in sys.modules:
+    if {"transformers.loss.loss_utils", "transformers.modeling_utils"} <= sys.modules.keys():
         report.losses = _transformers_loss().find(model)
         for found in report.losses if not dry_run else ():
             _transformers_loss().replace(found)

@@ -93,6 +93,23 @@ def test_weight_only(backend: Backend, dtype: torch.dtype) -> None:
 
 
 @each_dtype
+def test_weight_only_beside_an_outlier(backend: Backend, dtype: torch.dtype) -> None:
+    """What one large element of a row may cost the others, whose product alone is asked for."""
+    skip_repetition(backend, dtype)
+    for m in (2, 9) if backend.is_slow else (2, 5, 9, 16, 40):
+        x, weight, scale, _ = operands(m, 70, 33, dtype, backend.device)
+        x[:, 3] *= 1e3
+        weight[:, 3] = 0
+        y = F.int8_linear(x, weight, scale, weight_only=True, dtype=torch.float32).cpu().double()
+        x, exact_weight = x.cpu().double(), float_weight(weight.cpu(), scale.cpu())
+        exact = torch_functional.linear(x, exact_weight)
+        bits = 31 if dtype == torch.float32 else 23
+        unit = 2.0**-bits * x.abs().amax(1, keepdim=True) * exact_weight.abs().sum(1)
+        terms = torch_functional.linear(x.abs(), exact_weight.abs())
+        assert ((y - exact).abs() <= unit + 73 * 2**-24 * terms).all(), f"{m} rows {dtype}"
+
+
+@each_dtype
 def test_weight_only_activation(backend: Backend, dtype: torch.dtype) -> None:
     """That of the float32 result; one that is rounded to the dtype before is further off."""
     inputs = operands(5, 64, 33, dtype, backend.device)

@@ -28,7 +28,7 @@ struct Int8LinearParams {
   bool weight_only;
   int64_t m;
   int64_t n;
-  int64_t k;
+  int64_t k;  // below 2^17, so that no sum overflows
 };
 
 PYFAST_CPU_PRODUCT_KERNEL(int8_linear_cpu, Int8LinearParams);

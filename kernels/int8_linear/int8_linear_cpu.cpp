@@ -352,23 +352,24 @@ void int8_linear_cpu(const Int8LinearParams& params, int num_threads) {
                          : multiply_many<IntegerUnit>(params, threads);
   }
   [[maybe_unused]] const DType dtype = params.smooth == nullptr ? params.x_dtype : DType::kFloat32;
-#if defined(__AMX_INT8__)
-  if (dtype == DType::kBFloat16 && m > kFewRowsOfDigits) {
-    return multiply_many<PairWeightUnit>(params, threads);
-  }
-  // Beyond, the sums of digits could overflow.
-  if (m > kFewRowsOfFloats && params.k < int64_t{1} << 17) {
-    return dtype == DType::kFloat32 ? multiply_many<DigitUnit<4>>(params, threads)
-                                    : multiply_many<DigitUnit<3>>(params, threads);
-  }
-#elif defined(__AVX512VBMI__)
-  if (dtype == DType::kBFloat16) {
-    return m <= kFewRowsOfFloats ? multiply_few<PairDot>(params, threads)
-                                 : multiply_many<PairWeightUnit>(params, threads);
-  }
+  if (m <= kFewRowsOfFloats) {
+#if defined(__AVX512VBMI__) && !defined(__AMX_INT8__)
+    if (dtype == DType::kBFloat16) return multiply_few<PairDot>(params, threads);
 #endif
-  if (m <= kFewRowsOfFloats) return multiply_few<FloatDot>(params, threads);
+    return multiply_few<FloatDot>(params, threads);
+  }
+#if defined(__AMX_INT8__)
+  if (dtype == DType::kFloat32) return multiply_many<DigitUnit<4>>(params, threads);
+  if (dtype == DType::kFloat16 || m <= kFewRowsOfDigits) {
+    return multiply_many<DigitUnit<3>>(params, threads);
+  }
+  multiply_many<PairWeightUnit>(params, threads);
+#else
+#if defined(__AVX512VBMI__)
+  if (dtype == DType::kBFloat16) return multiply_many<PairWeightUnit>(params, threads);
+#endif
   multiply_many<FloatWeightUnit>(params, threads);
+#endif
 }
 
 }  // namespace pyfast::PYFAST_ISA

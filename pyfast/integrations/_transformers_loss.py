@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import Any
 
@@ -29,7 +30,7 @@ def causal_lm_loss(
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     loss = cross_entropy(
-        logits.view(-1, vocab_size),
+        logits.reshape(-1, vocab_size),
         shift_labels.reshape(-1).to(logits.device),
         ignore_index=ignore_index,
         reduction="mean" if num_items_in_batch is None else "sum",
@@ -42,13 +43,14 @@ def causal_lm_loss(
 
 def find(model: nn.Module) -> list[Any]:
     """The models in ``model`` whose loss this is."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, _models.PreTrainedModel)
-        and module.get_output_embeddings() is not None
-        and module.loss_function is _losses.ForCausalLMLoss
-    ]
+    found = []
+    for module in model.modules():
+        if isinstance(module, _models.PreTrainedModel):
+            with contextlib.suppress(AttributeError, NotImplementedError):  # models without either
+                has_head = module.get_output_embeddings() is not None
+                if has_head and module.loss_function is _losses.ForCausalLMLoss:
+                    found.append(module)
+    return found
 
 
 def replace(model: Any) -> None:

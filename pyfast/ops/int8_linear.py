@@ -227,8 +227,9 @@ def int8_linear(
     Linear. By default the rows of x are quantized too (W8A8: :func:`quantize_int8`, one scale a
     row), and multiplied as integers: the sums are exact, and a row of the result depends on its own
     row of x alone, to the bit. With ``weight_only`` x stays as it is, and the weights are converted
-    on the way into the product: no error but that of the weights (on processors with instructions
-    for bfloat16, values of x below 1e-32 lose bits, subnormal ones count as 0). x and bias get
+    on the way into the product: no error but that of the weights. (On processors with AMX, x is
+    rounded to 2**-23 of the largest of its row in half precisions, 2**-31 in float32; with
+    instructions for bfloat16, subnormal values of more than a few rows count as 0.) x and bias get
     gradients, as if x was not rounded; the weight gets none.
 
     A row of x with NaN or Inf gives a row of NaN when it is quantized; other rows are not touched.
