@@ -15,9 +15,11 @@ from ._fx import leaf
 from .attention import MultiheadAttention
 from .dropout import Dropout
 from .int8_attention import Int8MultiheadAttention
+from .linear import Linear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DROPOUTS = (nn.Dropout, Dropout)
+_LINEARS: dict[type[nn.Module], Any] = {nn.Linear: nn.functional.linear, Linear: F.linear}
 _CHILDREN = {nn.MultiheadAttention: MultiheadAttention, nn.Dropout: Dropout}
 
 
@@ -94,8 +96,9 @@ def _prenorm(x: Tensor, residual: Tensor, dropout: Any, norm: Any) -> tuple[Tens
 
 def _add_linear(linear: Any, hidden: Tensor, residual: Tensor, dropout: Any) -> Tensor:
     """``residual + dropout(linear(hidden))``"""
-    if type(linear) is nn.Linear and _is_plain(linear):
-        x, bias = F.linear(hidden, linear.weight), linear.bias
+    function = _LINEARS.get(type(linear))
+    if function is not None and _is_plain(linear):
+        x, bias = function(hidden, linear.weight), linear.bias
     else:
         x, bias = linear(hidden), None
     return F.bias_dropout_add(x, bias, residual, **_options(dropout))

@@ -164,7 +164,7 @@ def cross_entropy(
     if not reason and not 0.0 <= label_smoothing <= 1.0:
         reason = "torch raises an error for it"
     if reason:
-        if _observers and isinstance(input, Tensor):
+        if _observers and not torch.compiler.is_dynamo_compiling() and isinstance(input, Tensor):
             _backend.report("cross_entropy", cross_entropy_op.kernels, input, "torch", reason, "")
         if dtype is not None:
             input = input.to(dtype)

@@ -123,6 +123,6 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             with contextlib.suppress(RuntimeError):  # run knows what to make of it
                 return _linear_native(input, weight, bias)
         return linear_op.run(input, weight, bias)  # type: ignore[no-any-return]
-    if _observers and isinstance(input, Tensor):
+    if _observers and not torch.compiler.is_dynamo_compiling() and isinstance(input, Tensor):
         _backend.report("linear", linear_op.kernels, input, "torch", reason, "")
     return F.linear(input, weight, bias)
