@@ -48,7 +48,6 @@ class LinearCase(BaseCase):
 class PreparedLinear(Prepared):
     def __init__(self, case: LinearCase, device: torch.device) -> None:
         super().__init__(case, device)
-        self.case = case
         m, k, n = case.shape
         self.x = normal((m, k), 1).to(device, case.dtype)
         self.bias = normal((n,), 2).to(device, case.dtype)

@@ -5,9 +5,9 @@
 // float32. So an element of x is off by at most 2^(e - 8 * D + 1): 2^-23 of the row's largest for
 // three digits (half precisions: results are rounded at 2^-9 and 2^-12), 2^-31 for four (float32),
 // and then the sum is as good as exact, whatever its order. The weights are read as they lie: a
-// tile of 16 columns has room for five rows of three digits, so that up to 16 rows run at the speed
-// of memory, where converting weights to bfloat16 took half as long again. Rows with NaN or Inf
-// have no digits.
+// tile of 16 columns has room for five rows of three digits, so that up to five rows run at the
+// speed of memory, where converting weights to bfloat16 took half as long again. Rows with NaN or
+// Inf have no digits.
 #pragma once
 
 #include "../common/quantize_row.h"
