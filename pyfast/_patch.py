@@ -32,14 +32,21 @@ _REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.AlphaDropout: nn.AlphaDropout,
     torch.nn.FeatureAlphaDropout: nn.FeatureAlphaDropout,
     torch.nn.CrossEntropyLoss: nn.CrossEntropyLoss,
+    torch.nn.RMSNorm: nn.RMSNorm,
     torch.nn.MultiheadAttention: nn.MultiheadAttention,
     torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
     torch.nn.TransformerDecoderLayer: nn.TransformerDecoderLayer,
 }
 
 
-def _replacements(linear: bool) -> dict[type[torch.nn.Module], type[torch.nn.Module]]:
-    """With those of transformers, where models of it can be there."""
+def _replacements(
+    kinds: set[type[torch.nn.Module]], linear: bool
+) -> dict[type[torch.nn.Module], type[torch.nn.Module]]:
+    """With those of transformers, where models of it can be there.
+
+    Args:
+        kinds: the classes in the model.
+    """
     replacements = dict(_REPLACEMENTS)
     if linear:
         replacements[torch.nn.Linear] = nn.Linear
@@ -47,6 +54,10 @@ def _replacements(linear: bool) -> dict[type[torch.nn.Module], type[torch.nn.Mod
         from .integrations._transformers_activations import REPLACEMENTS
 
         replacements |= REPLACEMENTS
+    if "transformers.modeling_utils" in sys.modules:
+        from .integrations._transformers_norms import replacements as norms
+
+        replacements |= norms(kinds)
     return replacements
 
 
@@ -254,11 +265,13 @@ def patch(
 
     What is replaced, by pyfast.nn's class of the same name: ``torch.nn.Dropout``, ``Dropout1d``,
     ``Dropout2d``, ``Dropout3d``, ``AlphaDropout``, ``FeatureAlphaDropout``, ``CrossEntropyLoss``,
-    ``MultiheadAttention``, ``TransformerEncoderLayer`` and ``TransformerDecoderLayer``;
-    ``torch.nn.Transformer``, ``TransformerEncoder`` and ``TransformerDecoder`` stay, with their
-    layers replaced. Of transformers: "gelu_new" and "gelu_fast", which torch computes in one
-    operation, and the loss of causal language models (:func:`pyfast.nn.functional.cross_entropy`).
-    Evaluation gives the same numbers as before: dropout to the bit, attention up to rounding. In
+    ``RMSNorm``, ``MultiheadAttention``, ``TransformerEncoderLayer`` and
+    ``TransformerDecoderLayer``; ``torch.nn.Transformer``, ``TransformerEncoder`` and
+    ``TransformerDecoder`` stay, with their layers replaced. Of transformers: "gelu_new" and
+    "gelu_fast", which torch computes in one operation, every class with the code of the RMSNorm of
+    Llama, OLMo 2, T5 or Gemma (:func:`pyfast.nn.functional.rms_norm`; 177 classes of version 5.24),
+    and the loss of causal language models (:func:`pyfast.nn.functional.cross_entropy`).
+    Evaluation gives the same numbers as before: dropout to the bit, all else up to rounding. In
     training the masks are other ones of the same distribution; see
     :func:`pyfast.nn.functional.dropout` and
     :func:`pyfast.nn.functional.multi_head_attention_forward` for the differences.
@@ -305,7 +318,7 @@ def patch(
         modules[id(module)] = module
         paths.setdefault(id(module), []).append(path)
     entries = []
-    replacements = _replacements(linear)
+    replacements = _replacements({type(module) for module in modules.values()}, linear)
     for key, module in modules.items():
         reason = _why_skipped(module, replacements)
         if reason is not None:

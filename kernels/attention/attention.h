@@ -133,8 +133,8 @@ inline int64_t decode_scratch_size(const AttentionParams& p) {
   return p.batch * p.heads * p.num_queries * num_splits(p) * (padded_size(p.value_size) + 2);
 }
 
-PYFAST_CPU_KERNEL(attention_cpu, AttentionParams);
-PYFAST_CPU_KERNEL(attention_decode_cpu, AttentionParams);
-PYFAST_CPU_KERNEL(attention_backward_cpu, AttentionBackwardParams);
+PYFAST_CPU_TILE_KERNEL(attention_cpu, AttentionParams);
+PYFAST_CPU_TILE_KERNEL(attention_decode_cpu, AttentionParams);
+PYFAST_CPU_TILE_KERNEL(attention_backward_cpu, AttentionBackwardParams);
 
 }  // namespace pyfast

@@ -137,8 +137,7 @@ struct Gradients {
       }
     }
     const Lanes negative_lse = Lanes::load(w.negative_lse + query);
-    Lanes p = power_of_two<UnitOf<T>::kExpDegree>(kPlain ? fused(s, factor, negative_lse)
-                                                         : (s + negative_lse) * factor);
+    Lanes p = power_of_two(kPlain ? fused(s, factor, negative_lse) : (s + negative_lse) * factor);
     if (is_edge) p = select(visible_bits(h, b, n, query), p, zero);
     Lanes kept = p;
     if constexpr (!kPlain) {

@@ -1,4 +1,4 @@
-// The unit in which attention multiplies tensors of a type, and how exact its exponentials are.
+// The unit in which attention multiplies tensors of a type.
 #pragma once
 
 #include "../common/product.h"
@@ -9,13 +9,11 @@ namespace pyfast::PYFAST_ISA {
 template <typename T>
 struct UnitOf {
   using type = FloatUnit;
-  static constexpr int kExpDegree = kExactDegree;
 };
 #if defined(__AVX512BF16__)
 template <>
 struct UnitOf<BFloat16> {
   using type = PairUnit;
-  static constexpr int kExpDegree = kBFloat16Degree;
 };
 #endif
 

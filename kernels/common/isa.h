@@ -34,8 +34,8 @@ const char* set_selected_isa(const char* name);
 
 }  // namespace pyfast
 
-// VNNI and AMX are of use to products with weights alone: other kernels have four copies, which
-// stand in the table in place of the two that would be equal.
+// VNNI is of use to products with weights alone, and AMX to these and to attention: other kernels
+// have four copies, which stand in the table in place of those that would be equal.
 #define PYFAST_DECLARE_KERNEL(level, name, Params)  \
   namespace level {                                 \
   void name(const Params& params, int num_threads); \
@@ -51,6 +51,14 @@ const char* set_selected_isa(const char* name);
   PYFAST_DECLARE_KERNEL(avx512_bf16, name, Params)                                     \
   PYFAST_KERNEL_TABLE(name, Params) = {generic::name, avx2::name,        avx512::name, \
                                        avx512::name,  avx512_bf16::name, avx512_bf16::name}
+#define PYFAST_CPU_TILE_KERNEL(name, Params)                                           \
+  PYFAST_DECLARE_KERNEL(generic, name, Params)                                         \
+  PYFAST_DECLARE_KERNEL(avx2, name, Params)                                            \
+  PYFAST_DECLARE_KERNEL(avx512, name, Params)                                          \
+  PYFAST_DECLARE_KERNEL(avx512_bf16, name, Params)                                     \
+  PYFAST_DECLARE_KERNEL(amx, name, Params)                                             \
+  PYFAST_KERNEL_TABLE(name, Params) = {generic::name, avx2::name,        avx512::name, \
+                                       avx512::name,  avx512_bf16::name, amx::name}
 #define PYFAST_CPU_PRODUCT_KERNEL(name, Params)                                            \
   PYFAST_DECLARE_KERNEL(generic, name, Params)                                             \
   PYFAST_DECLARE_KERNEL(avx2, name, Params)                                                \
@@ -64,5 +72,6 @@ const char* set_selected_isa(const char* name);
 #define PYFAST_CPU_KERNEL(name, Params)        \
   PYFAST_DECLARE_KERNEL(generic, name, Params) \
   PYFAST_KERNEL_TABLE(name, Params) = {generic::name}
+#define PYFAST_CPU_TILE_KERNEL(name, Params) PYFAST_CPU_KERNEL(name, Params)
 #define PYFAST_CPU_PRODUCT_KERNEL(name, Params) PYFAST_CPU_KERNEL(name, Params)
 #endif

@@ -1,9 +1,10 @@
 // Matrix products of 32-bit units, in register tiles. A unit is one float, or at level avx512_bf16
 // a pair of bfloat16 that are multiplied and added in one instruction (vdpbf16ps, twice the speed
-// of float on Zen 4). c[row][column] (+)= sum over units u of a[row][u] * b[u][column]: a is read
-// one unit at a time and broadcast, b and c in vectors of columns. A tile of 6 rows by 4 vectors
-// keeps 24 sums in registers and reads 10 values for them: one multiply-add of a whole vector a
-// cycle, the ceiling of Zen 4, within 3 % when b stays in L1. AVX2 has registers for 6 by 2.
+// of float on Zen 4; half of it on Sapphire Rapids, where tiles take its place). c[row][column]
+// (+)= sum over units u of a[row][u] * b[u][column]: a is read one unit at a time and broadcast, b
+// and c in vectors of columns. A tile of 6 rows by 4 vectors keeps 24 sums in registers and reads
+// 10 values for them: one multiply-add of a whole vector a cycle, the ceiling of Zen 4, within 3 %
+// when b stays in L1. AVX2 has registers for 6 by 2.
 #pragma once
 
 #include "lanes.h"
@@ -123,10 +124,30 @@ struct Extent {
   int64_t first_unit, end_unit;
 };
 
+}  // namespace pyfast::PYFAST_ISA
+
+#if defined(__AMX_TILE__)
+#include "product_tiles.h"
+#endif
+
+namespace pyfast::PYFAST_ISA {
+
+#if defined(__AMX_TILE__)
+template <typename Unit>
+constexpr bool kHasTiles = false;
+template <>
+constexpr bool kHasTiles<PairUnit> = true;  // not of units made from it, which have their own ways
+#endif
+
 // extent(first_row, end_row) says what is to be computed; rows and vectors outside are not touched.
 template <typename Unit, bool kTransposed, typename F>
 inline void multiply(LeftOperand a, RightOperand b, Product c, int64_t num_rows,
                      int64_t num_vectors, const F& extent) {
+#if defined(__AMX_TILE__)
+  if constexpr (kHasTiles<Unit>) {
+    return multiply_in_tiles<kTransposed>(a, b, c, num_rows, extent);
+  }
+#endif
   for (int64_t panel = 0; panel < num_vectors; panel += kTileVectors) {
     for (int64_t row = 0; row < num_rows;) {
       const int rows = strip_rows(num_rows - row);

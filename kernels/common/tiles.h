@@ -30,13 +30,15 @@ class Tiles {
 #define PYFAST_TILE_STORE(tile, to, stride) \
   asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"(stride) : "memory")
 #define PYFAST_TILE_ZERO(tile) asm volatile("tilezero %%tmm" #tile::: "memory")
-#define PYFAST_TILE_DOT(sum, a, b)                                      \
-  do {                                                                  \
-    if constexpr (Unit::kIsInteger) {                                   \
-      asm volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #sum::);   \
-    } else {                                                            \
-      asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum::); \
-    }                                                                   \
+#define PYFAST_TILE_DOT_PAIRS(sum, a, b) \
+  asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum::)
+#define PYFAST_TILE_DOT(sum, a, b)                                    \
+  do {                                                                \
+    if constexpr (Unit::kIsInteger) {                                 \
+      asm volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #sum::); \
+    } else {                                                          \
+      PYFAST_TILE_DOT_PAIRS(sum, a, b);                               \
+    }                                                                 \
   } while (false)
 
 // Adds the products of one step, 16 units: rows of weights from `a` on, columns from `b` on.

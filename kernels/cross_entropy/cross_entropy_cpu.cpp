@@ -43,7 +43,7 @@ PYFAST_ALWAYS_INLINE void store_lanes(Lanes value, T* to, int n) {
 }
 
 PYFAST_ALWAYS_INLINE Lanes exponential(Lanes x) {
-  return power_of_two<kExactDegree>(x * Lanes::broadcast(kLog2E));
+  return power_of_two(x * Lanes::broadcast(kLog2E));
 }
 
 template <typename T>

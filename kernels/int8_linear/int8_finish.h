@@ -14,7 +14,7 @@ PYFAST_LANE_FUNCTION Lanes erfc_of_positive(Lanes x) {
   Lanes power = Lanes::broadcast(0.17087277f);
   for (const float term : kTerms) power = fused(power, t, Lanes::broadcast(term));
   power = power - x * x;
-  return t * power_of_two<kExactDegree>(power * Lanes::broadcast(1.44269504f));
+  return t * power_of_two(power * Lanes::broadcast(1.44269504f));
 }
 
 PYFAST_LANE_FUNCTION Lanes gelu(Lanes x) {
@@ -32,7 +32,7 @@ PYFAST_LANE_FUNCTION Lanes gelu_tanh(Lanes x) {
 
 PYFAST_LANE_FUNCTION Lanes silu(Lanes x) {
   const Lanes one = Lanes::broadcast(1.0f), zero = Lanes::broadcast(0.0f);
-  const Lanes e = power_of_two<kExactDegree>(magnitude(x) * Lanes::broadcast(-1.44269504f));
+  const Lanes e = power_of_two(magnitude(x) * Lanes::broadcast(-1.44269504f));
   return quotient(select(less(x, zero), x * e, x), one + e);
 }
 

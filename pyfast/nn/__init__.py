@@ -17,6 +17,7 @@ from .int8_attention import Int8MultiheadAttention
 from .int8_conv import Int8Conv1d, Int8Conv2d
 from .linear import Linear
 from .loss import CrossEntropyLoss
+from .norm import RMSNorm
 from .transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Int8MultiheadAttention",
     "Linear",
     "MultiheadAttention",
+    "RMSNorm",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",
     "functional",

@@ -18,6 +18,7 @@ from ..ops.int8_linear import int8_linear, int8_mm
 from ..ops.linear import linear
 from ..ops.multi_head_attention import multi_head_attention_forward
 from ..ops.quantize_int8 import dequantize_int8, fake_quantize, quantize_int8
+from ..ops.rms_norm import rms_norm
 from ..ops.scaled_dot_product_attention import scaled_dot_product_attention
 from ..ops.varlen_attention import varlen_attention
 
@@ -40,6 +41,7 @@ __all__ = [
     "linear",
     "multi_head_attention_forward",
     "quantize_int8",
+    "rms_norm",
     "scaled_dot_product_attention",
     "varlen_attention",
 ]

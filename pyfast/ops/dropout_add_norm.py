@@ -204,7 +204,7 @@ def _backward(
     return (grad_x, *(grad if present else None for grad, present in vectors)) + (None,) * 7
 
 
-_dropout_add_norm = Op(
+norm_op = Op(
     "dropout_add_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor seed,"
     " int threshold, int stream, float scale, float eps, bool rms, bool keep_z)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -242,6 +242,15 @@ _int8_op = Op(
         x.new_empty(x.shape),
     ),
 )
+
+
+def norm_rule(
+    x: Tensor, threshold: int, eps: float | None, *, rms: bool
+) -> tuple[int, int, float, float, bool]:
+    """The ops' arguments between the seed and ``keep_z``."""
+    if eps is None:
+        eps = torch.finfo(compute_dtype(x)).eps if rms else 1e-5
+    return threshold, _STREAM, scale_of(threshold), eps, rms
 
 
 def dropout_add_norm(
@@ -315,9 +324,6 @@ def dropout_add_norm(
     x, residual = check_matrix(op, x, residual)
     weight = check_vector(op, "weight", weight, x)
     bias = check_vector(op, "bias", bias, x)
-    rms = norm == "rms"
-    if eps is None:
-        eps = torch.finfo(compute_dtype(x)).eps if rms else 1e-5
     threshold = threshold_of(p) if training else 0
     eager = is_eager(x)
     if threshold == 0:
@@ -326,7 +332,7 @@ def dropout_add_norm(
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, residual, weight, bias)
     )
-    rule = (threshold, _STREAM, scale_of(threshold), eps, rms)
+    rule = norm_rule(x, threshold, eps, rms=norm == "rms")
     if quantize:
         if needs_grad:
             raise RuntimeError(
@@ -337,6 +343,6 @@ def dropout_add_norm(
         return quantized(x, residual, weight, bias, seed, *rule, prenorm)  # type: ignore[no-any-return]
     # Inside of a transform, tensors do not tell whether a gradient is wanted outside of it.
     keep_z = prenorm or needs_grad or (torch.is_grad_enabled() and not eager)
-    call = _dropout_add_norm.eager if eager else _dropout_add_norm.traced
+    call = norm_op.eager if eager else norm_op.traced
     y, z, _, _ = call(x, residual, weight, bias, seed, *rule, keep_z)
     return (y, z) if prenorm else y

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._replace import LINEARS
+from ._replace import LINEARS, NORMS
 
 _NUM_BINS = 0x7F80  # of finite magnitudes, by the upper half of a float32
 
@@ -164,7 +164,7 @@ def calibrate(
                 histogram = torch.zeros(_NUM_BINS, dtype=torch.int64) if counted else None
                 watch = linears[path] = _Watch(path, "input", histogram)
                 hook = module.register_forward_pre_hook(_watch_input(watch), with_kwargs=True)
-            elif type(module) in (nn.LayerNorm, nn.RMSNorm):
+            elif type(module) in NORMS:
                 watch = norms[path] = _Watch(path, "output", None)
                 hook = module.register_forward_hook(_watch_output(watch))
             else:

@@ -6,11 +6,20 @@ from typing import Any
 
 from torch import nn
 
-from ..nn import Int8Conv1d, Int8Conv2d, Int8Embedding, Int8Linear, Int8MultiheadAttention, Linear
+from ..nn import (
+    Int8Conv1d,
+    Int8Conv2d,
+    Int8Embedding,
+    Int8Linear,
+    Int8MultiheadAttention,
+    Linear,
+    RMSNorm,
+)
 from ._qat import Int8QATLinear
 
 INT8 = (Int8Conv1d, Int8Conv2d, Int8Embedding, Int8Linear, Int8MultiheadAttention)
 LINEARS = (nn.Linear, Linear)
+NORMS = (nn.LayerNorm, nn.RMSNorm, RMSNorm)
 _SWITCHES = {  # of torch's fast paths, which read the weights of layers without calling them
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
     nn.TransformerEncoder: "use_nested_tensor",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._configs import SmoothQuant
-from ._replace import LINEARS
+from ._replace import LINEARS, NORMS
 
 _TINY = 1e-5  # channels that are never used would be divided by zero
 
@@ -43,7 +43,7 @@ def plan_folds(
     calibration = config.calibration
     for norm_path, paths in config.fold.items():
         norm = modules.get(norm_path)
-        if type(norm) not in (nn.LayerNorm, nn.RMSNorm) or norm.weight is None:  # type: ignore[union-attr]
+        if type(norm) not in NORMS or norm.weight is None:  # type: ignore[union-attr]
             got = type(norm).__name__ if norm is not None else "no module"
             raise ValueError(
                 f"quantize_: fold: {norm_path!r} must be a LayerNorm or RMSNorm with weights, "
