@@ -45,8 +45,7 @@ PYFAST_ALWAYS_INLINE void split_pairs(__m512i elements, Lanes* parts) {
 }
 // The same of floats, and back.
 PYFAST_ALWAYS_INLINE void part(Lanes* floats) {
-  const __m512i even =
-      _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
   const Lanes low = floats[0], high = floats[1];
   floats[0] = {_mm512_permutex2var_ps(low.v, even, high.v)};
