@@ -13,7 +13,11 @@ namespace pyfast::PYFAST_ISA {
 namespace {
 
 constexpr int64_t kQueryBlock = 128;
+#if defined(__AMX_TILE__)
+constexpr int64_t kKeyBlock = 2 * kMaxStripUnits;
+#else
 constexpr int64_t kKeyBlock = 512;
+#endif
 // Rows of scores are an odd number of cache lines apart, so that a column of them uses all sets.
 constexpr int64_t kScoreStride = kQueryBlock + 16;
 constexpr int64_t kKeepStride = kQueryBlock / kGroupQueries;

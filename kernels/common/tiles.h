@@ -30,15 +30,13 @@ class Tiles {
 #define PYFAST_TILE_STORE(tile, to, stride) \
   asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"(stride) : "memory")
 #define PYFAST_TILE_ZERO(tile) asm volatile("tilezero %%tmm" #tile::: "memory")
-#define PYFAST_TILE_DOT_PAIRS(sum, a, b) \
-  asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum::)
-#define PYFAST_TILE_DOT(sum, a, b)                                    \
-  do {                                                                \
-    if constexpr (Unit::kIsInteger) {                                 \
-      asm volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #sum::); \
-    } else {                                                          \
-      PYFAST_TILE_DOT_PAIRS(sum, a, b);                               \
-    }                                                                 \
+#define PYFAST_TILE_DOT(sum, a, b)                                      \
+  do {                                                                  \
+    if constexpr (Unit::kIsInteger) {                                   \
+      asm volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #sum::);   \
+    } else {                                                            \
+      asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum::); \
+    }                                                                   \
   } while (false)
 
 // Adds the products of one step, 16 units: rows of weights from `a` on, columns from `b` on.
@@ -65,6 +63,15 @@ PYFAST_ALWAYS_INLINE void zero_tiles() {
 }
 
 // sums[row][column], rows `columns` apart.
+template <bool kTwoColumns>
+PYFAST_ALWAYS_INLINE void load_tiles(const float* sums, int64_t columns) {
+  PYFAST_TILE_LOAD(0, sums, columns * 4);
+  PYFAST_TILE_LOAD(2, sums + 16 * columns, columns * 4);
+  if constexpr (kTwoColumns) {
+    PYFAST_TILE_LOAD(1, sums + 16, columns * 4);
+    PYFAST_TILE_LOAD(3, sums + 16 * columns + 16, columns * 4);
+  }
+}
 template <bool kTwoColumns>
 PYFAST_ALWAYS_INLINE void store_tiles(float* sums, int64_t columns) {
   PYFAST_TILE_STORE(0, sums, columns * 4);
