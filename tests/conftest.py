@@ -25,7 +25,8 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
 
 CPU_LEVELS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
-PRODUCT_LEVELS = {"avx512_vnni", "amx"}  # of products with weights; elsewhere the one below
+# Of these alone, by a word in the name of a test's module; others have the level below.
+SPECIAL_LEVELS = {"avx512_vnni": ("int8", "linear"), "amx": ("int8", "linear", "attention")}
 
 
 class Backend(NamedTuple):
@@ -100,12 +101,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" not in metafunc.fixturenames:
         return
     marker = metafunc.definition.get_closest_marker("backends")
-    has_product_levels = "linear" in metafunc.module.__name__ or "int8" in metafunc.module.__name__
+    module = metafunc.module.__name__
     chosen = [
         backend
         for backend in _backends(metafunc.config.getoption("--emulate-cuda"))
         if (marker is None or backend.name in marker.args)
-        and (has_product_levels or backend.level not in PRODUCT_LEVELS)
+        and any(word in module for word in SPECIAL_LEVELS.get(backend.level, ("",)))
     ]
     metafunc.parametrize("backend", chosen, ids=[b.id for b in chosen], indirect=True)
 

@@ -116,6 +116,38 @@ def test_keeps_to_its_outputs(
             assert_bits_equal(a, b)
 
 
+AT_THE_END_OF_MEMORY = """
+import ctypes, mmap, torch
+import pyfast.nn.functional as F
+
+def operand(*shape, dtype):
+    size = torch.Size(shape).numel() * dtype.itemsize
+    length = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, length + mmap.PAGESIZE)
+    behind = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + length
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(behind), mmap.PAGESIZE, 0) == 0
+    number = size // dtype.itemsize
+    values = torch.frombuffer(memory, dtype=dtype, count=number, offset=length - size)
+    return values.view(shape).normal_()
+
+for dtype in (torch.bfloat16, torch.float32):
+    for size in (16, 33, 64, 72):
+        for queries, keys in ((1, 300), (2, 70), (33, 17), (70, 45)):
+            shapes = (2, queries, size), (2, keys, size), (2, keys, size)
+            q, k, v = (operand(1, *shape, dtype=dtype).requires_grad_() for shape in shapes)
+            out = F.scaled_dot_product_attention(q, k, v)
+            out.backward(operand(*out.shape, dtype=dtype))
+            assert all(bool(t.grad.isfinite().all()) for t in (q, k, v))
+"""
+
+
+@pytest.mark.backends("cpu")
+def test_reads_nothing_behind_its_operands(backend: Backend) -> None:
+    """The page that follows each of them must not be touched; tiles read rows by the dozen."""
+    done = run_python(AT_THE_END_OF_MEMORY, PYFAST_CPU_ISA=str(backend.level))
+    assert done.returncode == 0, done.stderr
+
+
 def close_to_dense(case: Case, inputs: Inputs, dtype: torch.dtype, relative: float) -> None:
     """No error above this part of the largest element."""
     grad = normal(*case.score_shape[:-1], inputs.v.shape[-1])

@@ -1,9 +1,10 @@
 // Flash attention, forward. A piece of work is a block of 128 queries of one head, which walks over
-// the keys it sees in blocks of 512: products, running softmax, and the sum over values, whose row
-// is scaled down when the maximum rises. Bound by arithmetic: 4 * E flops a visible score. Measured
-// on Zen 4: the products run at 85 to 95 % of the multiply-add ceiling, the exponentials take a
-// tenth. With tiles of AMX (product_tiles.h) the exponentials and the scores' way through the cache
-// take most of it: 3 to 4 times as fast as vdpbf16ps on Sapphire Rapids.
+// the keys it sees in blocks of 512 (256 in tiles): products, running softmax, and the sum over
+// values, whose row is scaled down when the maximum rises. Bound by arithmetic: 4 * E flops a
+// visible score. Measured on Zen 4: the products run at 85 to 95 % of the multiply-add ceiling, the
+// exponentials take a tenth. With tiles of AMX (product_tiles.h) on Sapphire Rapids, 3 to 4 times
+// as fast as with vdpbf16ps, three fifths are products: their tiles wait for loads, at a sixth of
+// the ceiling.
 #include "../common/parallel.h"
 #include "../common/workspace.h"
 #include "attention.h"
