@@ -9,6 +9,9 @@ namespace pyfast::PYFAST_ISA {
 constexpr int64_t kGradientQueries = 128;
 constexpr int64_t kGradientKeys = 256;
 constexpr int64_t kGradientStride = kGradientQueries + 16;  // an odd number of cache lines
+#if defined(__AMX_TILE__)
+static_assert(kGradientKeys <= 2 * kMaxStripUnits && kMaxHeadSize <= 2 * kMaxStripUnits);
+#endif
 constexpr int64_t kGradientKeepStride = kGradientQueries / kGroupQueries;
 
 // Scratch of a thread.
