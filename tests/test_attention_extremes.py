@@ -148,6 +148,13 @@ def test_reads_nothing_behind_its_operands(backend: Backend) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_page_behind_is_forbidden() -> None:
+    operand = AT_THE_END_OF_MEMORY.partition("for dtype")[0]
+    read = "x = operand(8, dtype=torch.float32); ctypes.string_at(x.data_ptr(), x.nbytes + {})"
+    assert run_python(operand + read.format(0)).returncode == 0
+    assert run_python(operand + read.format(1)).returncode < 0
+
+
 def close_to_dense(case: Case, inputs: Inputs, dtype: torch.dtype, relative: float) -> None:
     """No error above this part of the largest element."""
     grad = normal(*case.score_shape[:-1], inputs.v.shape[-1])

@@ -76,9 +76,8 @@ template <typename T>
 PYFAST_ALWAYS_INLINE void fetch_after(const Rows<T>& rows, int64_t row, int64_t ahead,
                                       const Rows<T>& next, int64_t first) {
   const int64_t at = row + ahead;
-  const T* const from = at < rows.count ? rows.row(at) : next.row(first + at - rows.count);
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-  for (int64_t j = 0; j < rows.size; j += kLine) __builtin_prefetch(from + j, 0, kLocality);
+  prefetch_row<kLocality>(at < rows.count ? rows.row(at) : next.row(first + at - rows.count),
+                          rows.size);
 }
 
 template <int kValue>

@@ -19,10 +19,10 @@ struct Rows {
 };
 
 // Asks for rows ahead of their use, into L2: the hardware does not follow strides of pages.
-template <typename T>
+template <int kLocality = 2, typename T>
 PYFAST_ALWAYS_INLINE void prefetch_row(const T* row, int64_t size) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-  for (int64_t j = 0; j < size; j += kLine) __builtin_prefetch(row + j, 0, 2);
+  for (int64_t j = 0; j < size; j += kLine) __builtin_prefetch(row + j, 0, kLocality);
 }
 template <typename T>
 inline void prefetch(const Rows<T>& rows) {

@@ -30,6 +30,7 @@ struct FloatUnit {
 #if defined(__AVX512BF16__)
 struct PairUnit {
   static constexpr int kElements = 2;
+  static constexpr bool kIsInteger = false;
   static PYFAST_ALWAYS_INLINE Lanes dot(const uint32_t* a, Lanes b, Lanes acc) {
     const __m512i pair = _mm512_set1_epi32(static_cast<int>(*a));
     return {_mm512_dpbf16_ps(acc.v, (__m512bh)pair, (__m512bh)_mm512_castps_si512(b.v))};

@@ -13,10 +13,6 @@ constexpr int64_t kPanelColumns = 2 * kLanes;
 constexpr int64_t kStepUnits = 16;
 constexpr int64_t kMaxStripUnits = 128;  // the most that a product may have
 
-struct TilePairs {
-  static constexpr bool kIsInteger = false;
-};
-
 // 32 rows of the left operand from `row` on, with whole steps of units: zero behind the last row
 // and unit.
 template <bool kTransposed>
@@ -63,8 +59,8 @@ inline void multiply_tiles(LeftOperand a, RightOperand b, Product c, int64_t num
     zero_tiles();
   }
   for (int64_t u = 0; u < num_units; u += kStepUnits) {
-    tile_step<TilePairs, kTwoColumns>(reinterpret_cast<const char*>(a.data + u), a.stride * 4,
-                                      b.data + u * b.stride, b.stride * 4);
+    tile_step<PairUnit, kTwoColumns>(reinterpret_cast<const char*>(a.data + u), a.stride * 4,
+                                     b.data + u * b.stride, b.stride * 4);
   }
   store_tiles<kTwoColumns>(c.data, c.stride);
 }

@@ -80,7 +80,6 @@ struct FloatWeightUnit : FloatUnit {
 #if defined(__AVX512BF16__)
 struct PairWeightUnit : PairUnit {
   static constexpr int kDigits = 1;
-  static constexpr bool kIsInteger = false;
 };
 #endif
 #if defined(__AMX_INT8__)

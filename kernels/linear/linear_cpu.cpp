@@ -89,9 +89,6 @@ void multiply_along_rows(const LinearParams& p, int64_t num_threads) {
 
 #if defined(__AMX_BF16__)
 
-struct TileUnit : PairUnit {
-  static constexpr bool kIsInteger = false;
-};
 constexpr int64_t kStep = 32;     // elements of a row
 constexpr int64_t kColumns = 32;  // of the panel: rows of x
 
@@ -129,13 +126,13 @@ void multiply_block(const BFloat16* weights, int64_t k, int64_t rows, const uint
   int64_t j = 0;
   if (rows == kBlockRows) {
     for (; j + kStep <= k; j += kStep) {
-      tile_step<TileUnit, kTwoColumns>(reinterpret_cast<const char*>(weights + j), k * 2,
+      tile_step<PairUnit, kTwoColumns>(reinterpret_cast<const char*>(weights + j), k * 2,
                                        panel + j / 2 * kColumns, kColumns * 4);
     }
   }
   for (; j < k; j += kStep) {
     copy_step(weights + j, k, rows, k - j < kStep ? k - j : kStep, copy);
-    tile_step<TileUnit, kTwoColumns>(reinterpret_cast<const char*>(copy), kStep * 2,
+    tile_step<PairUnit, kTwoColumns>(reinterpret_cast<const char*>(copy), kStep * 2,
                                      panel + j / 2 * kColumns, kColumns * 4);
   }
   store_tiles<kTwoColumns>(sums, kColumns);
