@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import CPU_LEVELS
 from cuda_emulation import build as emulation
+from cuda_emulation.mutants import MUTANTS
 from oracle import LAYOUTS, assert_bits_equal, normal
 from test_bias_dropout_add import assert_all_equal
 from torch import Tensor
@@ -195,6 +196,7 @@ MORE: dict[str, list[Case]] = {
             for rms in (False, True)
         ),
         *(DropoutAddNorm(*shape, is_full=False) for shape in ((2, 40), (2, 2504), (2, 4500))),
+        *(DropoutAddNorm(1, columns) for columns in (2048, 4096, 8200, 16392)),
         DropoutAddNorm(2, 4500, rms=True, offset=1),
     ],
 }
@@ -244,47 +246,6 @@ def test_cuda_kernels_give_the_bits_of_the_cpu(emulated: ModuleType, op: str, or
     compare(emulated, FEW[op] + MORE[op], DTYPES, (order,))
 
 
-# op: {mutant: (text that stands once in its .cu file, what it becomes)}
-MUTANTS: dict[str, dict[str, tuple[str, str]]] = {
-    "dropout": {
-        "no tail of threads": ("if (group >= num_groups) return;", ""),
-        "a group too few": ("if (group >= num_groups)", "if (group >= num_groups - 1)"),
-        "no tail of elements": ("= count8(first, p.sizes[inner]);", "= 8;"),
-        "a block too few": ("(num_groups + kBlockThreads - 1)", "(num_groups - 1)"),
-        "pointers taken as aligned": ("!is_aligned16(p.x) || !is_aligned16(p.y)", "false"),
-        "rows taken as aligned": ("for (int d = 0; d < inner; ++d)", "for (int d = 0; d < 0; ++d)"),
-        "strides taken as one": ("p.x_strides[inner] != 1 || p.y_strides[inner] != 1", "false"),
-        "shifted mask": ("static_cast<uint64_t>(mask)", "static_cast<uint64_t>(mask + 1)"),
-        "mask of the whole block": ("first + first *", "first + 0 * first *"),
-    },
-    "bias_dropout_add": {
-        "no tail of threads": ("if (group >= num_groups) return;", ""),
-        "no tail of columns": ("if (column >= p.num_columns) return;", ""),
-        "a block too few": ("dim3(num_blocks(num_groups))", "dim3(num_blocks(num_groups) - 1)"),
-        "no tail of elements": ("p.num_columns % 8 == 0 && is_aligned16(p.x)", "is_aligned16(p.x)"),
-        "pointers taken as aligned": ("is_aligned16(p.x) && is_aligned16(p.residual)", "true"),
-        "gradients taken as aligned": ("is_aligned16(p.grad) && is_aligned16(p.grad_x)", "true"),
-        "reversed mask": ("residual[e] + ((bits >> e) & 1", "residual[e] + ((bits >> (7 - e)) & 1"),
-        "a chunk too few": ("if (first_row >= p.num_rows) return;", "if (chunk == 1) return;"),
-        "a row too few": ("row < row_end; ++row", "row < row_end - 1; ++row"),
-    },
-    "dropout_add_norm": {
-        "no first barrier": ("v[e];\n  __syncthreads();", "v[e];"),
-        "no second barrier": ("}\n  __syncthreads();\n  return result;", "}\n  return result;"),
-        "a wrong lane": ("(kAllLanes, sum, 16)", "(kAllLanes, sum, 2)"),
-        "a wrong element": (
-            "upper ? v[e] : v[e + half];",
-            "upper ? v[half - 1 - e] : v[e + half];",
-        ),
-        "tail in the variance": ("if (e < count) sum[e] += d * d;", "sum[e] += d * d;"),
-        "mean not subtracted": ("cache[pass][e] - mean;", "cache[pass][e];"),
-        "pointers taken as aligned": ("is_aligned16(p.x) && is_aligned16(p.residual)", "true"),
-        "a row too few": ("dim3(static_cast<unsigned>(p.num_rows))", "dim3(p.num_rows - 1)"),
-        "reversed mask": ("(bits >> e) & 1 ? out[e]", "(bits >> (7 - e)) & 1 ? out[e]"),
-        "sums that start anywhere": ("if (row == first_row) {", "if (false) {"),
-        "a lane skips": ("C sum = v[0];", "C sum = v[0]; if (threadIdx.x == 5) return sum;"),
-    },
-}
 NAMES = [(op, name) for op, mutants in MUTANTS.items() for name in mutants]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 CACHE = ROOT / "build" / "cuda_emulation"
 OPS = tuple(sorted(path.parent.name for path in ROOT.glob("kernels/*/*_cuda.cu")))
+OWN_HEADER = re.compile(r'#include "(\w+\.cuh)"\n')
 FLAGS = [
     "-std=c++17",
     "-O1",
@@ -80,8 +82,25 @@ def _compile(source: Path, text: str, headers: str, include: Path) -> Path:
     return target
 
 
+def _with_own_headers(text: str, folder: Path) -> str:
+    """``text`` with the .cuh files beside it in the place of their first includes."""
+    included: set[str] = set()
+
+    def content(match: re.Match[str]) -> str:
+        name = match[1]
+        if name in included:
+            return ""
+        included.add(name)
+        header = (folder / name).read_text().replace("#pragma once\n", "")
+        return OWN_HEADER.sub(content, header)
+
+    return OWN_HEADER.sub(content, text)
+
+
 def build(changes: Sequence[tuple[str, str, str]] = ()) -> Path:
     """The shared object of the module, with ``changes`` applied: (file name, old text, new text).
+
+    The texts of a source are its own and those of the .cuh files beside it.
 
     Raises:
         ValueError: if an old text does not stand exactly once in its file: the mutant is stale.
@@ -90,11 +109,13 @@ def build(changes: Sequence[tuple[str, str, str]] = ()) -> Path:
 
     def compiled(source: Path) -> Path:
         text = source.read_text()
-        for name, old, new in changes:
-            if name == source.name:
-                if text.count(old) != 1:
-                    raise ValueError(f"{name} has {text.count(old)} places that read {old!r}")
-                text = text.replace(old, new)
+        changed = [change for change in changes if change[0] == source.name]
+        if changed:
+            text = _with_own_headers(text, source.parent)
+        for name, old, new in changed:
+            if text.count(old) != 1:
+                raise ValueError(f"{name} has {text.count(old)} places that read {old!r}")
+            text = text.replace(old, new)
         return _compile(source, text, headers, source.parent)
 
     with ThreadPoolExecutor(2) as pool:
