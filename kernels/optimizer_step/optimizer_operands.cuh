@@ -92,34 +92,64 @@ __device__ __forceinline__ void store_scalar(C value, void* base, DType dtype, i
   }
 }
 
-// 16 bytes at once. In assembly: of an address that comes from a table compilers do not know that
-// it is in global memory, and split the access into words. Volatile, so that they stay in order.
-template <typename T>
-__device__ __forceinline__ Pack<T> load_global(const T* from) {
+// Eight or sixteen bytes as they are in memory.
+template <int kBytes>
+struct alignas(kBytes) Words {
+  uint32_t w[kBytes / 4];
+};
+
+// One access. In assembly: of an address that comes from a table compilers do not know that it is
+// in global memory, and split the access into words. Volatile, so that they stay in order.
+template <int kBytes>
+__device__ __forceinline__ Words<kBytes> load_words(const void* from) {
+  static_assert(kBytes == 8 || kBytes == 16, "no such access");
+  Words<kBytes> x;
 #ifdef PYFAST_CUDA_EMULATION
-  return load_pack(from);
+  cuda_emulation::copy_aligned(&x, from, from, kBytes);
 #else
-  uint32_t w[4];
-  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-               : "l"(__cvta_generic_to_global(from)));
-  Pack<T> pack;
-  memcpy(&pack, w, 16);
-  return pack;
+  const size_t address = __cvta_generic_to_global(from);
+  if constexpr (kBytes == 16) {
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.w[0]), "=r"(x.w[1]), "=r"(x.w[2]), "=r"(x.w[3])
+                 : "l"(address));
+  } else {
+    asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(x.w[0]), "=r"(x.w[1]) : "l"(address));
+  }
+#endif
+  return x;
+}
+
+template <int kBytes>
+__device__ __forceinline__ void store_words(const Words<kBytes>& x, void* to) {
+  static_assert(kBytes == 8 || kBytes == 16, "no such access");
+#ifdef PYFAST_CUDA_EMULATION
+  cuda_emulation::copy_aligned(to, &x, to, kBytes);
+#else
+  const size_t address = __cvta_generic_to_global(to);
+  if constexpr (kBytes == 16) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(x.w[0]),
+                 "r"(x.w[1]), "r"(x.w[2]), "r"(x.w[3])
+                 : "memory");
+  } else {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(x.w[0]), "r"(x.w[1])
+                 : "memory");
+  }
 #endif
 }
 
 template <typename T>
+__device__ __forceinline__ Pack<T> load_global(const T* from) {
+  const Words<16> words = load_words<16>(from);
+  Pack<T> pack;
+  memcpy(&pack, &words, 16);
+  return pack;
+}
+
+template <typename T>
 __device__ __forceinline__ void store_global(const Pack<T>& pack, T* to) {
-#ifdef PYFAST_CUDA_EMULATION
-  store_pack(pack, to);
-#else
-  uint32_t w[4];
-  memcpy(w, &pack, 16);
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
-               "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
-               : "memory");
-#endif
+  Words<16> words;
+  memcpy(&words, &pack, 16);
+  store_words(words, to);
 }
 
 // False, with nothing done, where the elements do not follow each other.

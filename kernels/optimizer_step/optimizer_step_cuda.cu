@@ -1,16 +1,24 @@
-// One launch for the tensors of all groups: a block takes an item of the table, a warp 256 elements
-// at a time, a thread eight of them, which are 16 bytes of a half type, two accesses of 16 bytes in
-// float32, one call of Philox, and with its warp one block of int8 states. Types and layouts are
-// looked up in the table, the same for a whole block. Bound by bytes: 28 a parameter for AdamW in
-// float32.
+// The tensors of all groups in two launches: what is plain (optimizer_plain.cuh), a block for each
+// item of the table, then all else, with few blocks that look for what is left: most often nothing.
+// Of the latter a warp takes 256 elements at a time, a thread eight of them, which are 16 bytes of
+// a half type, two accesses of 16 bytes in float32, one call of Philox, and with its warp one block
+// of int8 states; types and layouts are looked up in the table, the same for a whole block. AdamW
+// moves 28 bytes a parameter in float32, 14 in half types, where its 50 instructions count as well.
 #include "../common/launch.cuh"
-#include "optimizer_operands.cuh"
+#include "optimizer_plain.cuh"
+
+#ifdef PYFAST_CUDA_EMULATION
+#define __launch_bounds__(...)
+#endif
 
 namespace pyfast::PYFAST_ISA {
 namespace {
 
 constexpr int kBlockThreads = 256;
 constexpr int kWarpElements = 256;
+constexpr int kPlainThreads = 128;
+constexpr int kPlainBlocks = 7;  // on a multiprocessor at once
+constexpr int kFewBlocks = 512;  // enough for all multiprocessors
 
 __device__ __forceinline__ double number_at(const void* pointer, DType type) {
   return type == DType::kFloat64 ? *static_cast<const double*>(pointer)
@@ -91,16 +99,32 @@ __device__ __forceinline__ void step_elements(OptimizerRule rule, const Optimize
   }
 }
 
-template <typename C>
-__global__ void step_kernel(OptimizerCudaParams params) {
-  __shared__ OptimizerNumbers<C> numbers;
+// The items that are plain, a block for each.
+template <OptimizerRule kRule>
+__global__ void __launch_bounds__(kPlainThreads, kPlainBlocks)
+    plain_kernel(OptimizerCudaParams params) {
+  __shared__ OptimizerNumbers<float> numbers;
+  const bool is_skipped = params.found_inf != nullptr && *params.found_inf != 0.0f;
   const OptimizerItem item = params.items[blockIdx.x];
   const OptimizerTensor& t = params.tensors[item.tensor];
-  if ((t.dtypes[kParameter] == DType::kFloat64) != (sizeof(C) == 8)) return;
   const OptimizerNumbers<double>& exact = params.numbers[t.numbers];
-  if (threadIdx.x == 0) numbers = rounded_numbers<C>(exact);
+  if (is_skipped) return;
+  dispatch_plain(kRule, t, exact, [&](auto rule, auto types) {
+    if constexpr (decltype(rule)::kRule == kRule) {
+      step_plain<decltype(rule), decltype(types), kPlainThreads>(t, item, exact, &numbers,
+                                                                 params.write_gradient);
+    }
+  });
+}
+
+template <typename C>
+__device__ __forceinline__ void step_item(const OptimizerCudaParams& params, int64_t index,
+                                          bool is_skipped, OptimizerNumbers<C>* numbers) {
+  const OptimizerItem item = params.items[index];
+  const OptimizerTensor& t = params.tensors[item.tensor];
+  const OptimizerNumbers<double>& exact = params.numbers[t.numbers];
+  if (threadIdx.x == 0) *numbers = rounded_numbers<C>(exact);
   __syncthreads();
-  const bool is_skipped = params.found_inf != nullptr && *params.found_inf != 0.0f;
   const OptimizerLayout* layout = t.layout < 0 ? nullptr : &params.layouts[t.layout];
   OptimizerRandom random = {};
   if (t.int8_states || t.flags & kStochasticRounding) {
@@ -115,11 +139,40 @@ __global__ void step_kernel(OptimizerCudaParams params) {
                       : left < 8 ? static_cast<int>(left)
                                  : 8};
     if (!is_skipped) {
-      step_elements<C>(params.rule, t, at, numbers, random, params.write_gradient);
+      step_elements<C>(params.rule, t, at, *numbers, random, params.write_gradient);
     } else if (t.flags & kZeroGradient && at.count > 0) {
       const C zeros[8] = {};
       store_operand(zeros, t, kGradient, at);
     }
+  }
+  __syncthreads();  // the numbers are another item's now
+}
+
+// Whether an item is left to step_kernel<C>.
+template <typename C>
+__device__ __forceinline__ bool is_left(const OptimizerCudaParams& params, int64_t index,
+                                        bool is_skipped) {
+  const OptimizerTensor& t = params.tensors[params.items[index].tensor];
+  if ((t.dtypes[kParameter] == DType::kFloat64) != (sizeof(C) == 8)) return false;
+  const OptimizerNumbers<double>& exact = params.numbers[t.numbers];
+  return is_skipped || !dispatch_plain(params.rule, t, exact, [](auto, auto) {});
+}
+
+// The items that are left. A block looks at as many as it has threads at once: there may be none.
+template <typename C>
+__global__ void step_kernel(OptimizerCudaParams params) {
+  __shared__ OptimizerNumbers<C> numbers;
+  __shared__ bool left[kBlockThreads];
+  const bool is_skipped = params.found_inf != nullptr && *params.found_inf != 0.0f;
+  const int64_t stride = gridDim.x;
+  for (int64_t first = blockIdx.x; first < params.num_items; first += kBlockThreads * stride) {
+    const int64_t own = first + threadIdx.x * stride;
+    left[threadIdx.x] = own < params.num_items && is_left<C>(params, own, is_skipped);
+    __syncthreads();
+    for (int i = 0; i < kBlockThreads && first + i * stride < params.num_items; ++i) {
+      if (left[i]) step_item<C>(params, first + i * stride, is_skipped, &numbers);
+    }
+    __syncthreads();
   }
 }
 
@@ -181,9 +234,21 @@ const char* optimizer_step_cuda(const OptimizerCudaParams& params, void* stream)
                              kBlockThreads, stream, params);
   if (error != nullptr || params.num_items == 0) return error;
   const dim3 grid(static_cast<unsigned>(params.num_items));
-  error = launch(step_kernel<float>, grid, kBlockThreads, stream, params);
+  if (params.rule == OptimizerRule::kAdam) {
+    error = launch(plain_kernel<OptimizerRule::kAdam>, grid, kPlainThreads, stream, params);
+  } else if (params.rule == OptimizerRule::kSgd) {
+    error = launch(plain_kernel<OptimizerRule::kSgd>, grid, kPlainThreads, stream, params);
+  } else if (params.rule == OptimizerRule::kRmsprop) {
+    error = launch(plain_kernel<OptimizerRule::kRmsprop>, grid, kPlainThreads, stream, params);
+  } else if (params.rule == OptimizerRule::kAdamax) {
+    error = launch(plain_kernel<OptimizerRule::kAdamax>, grid, kPlainThreads, stream, params);
+  }
+  if (error != nullptr) return error;
+  const dim3 few(
+      static_cast<unsigned>(params.num_items < kFewBlocks ? params.num_items : kFewBlocks));
+  error = launch(step_kernel<float>, few, kBlockThreads, stream, params);
   if (error != nullptr || !params.is_double) return error;
-  return launch(step_kernel<double>, grid, kBlockThreads, stream, params);
+  return launch(step_kernel<double>, few, kBlockThreads, stream, params);
 }
 
 const char* square_sum_cuda(const OptimizerCudaParams& params, void* stream) {
