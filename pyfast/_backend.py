@@ -164,6 +164,10 @@ def _why_not(backend: str, kernels: object, tensor: torch.Tensor) -> str:
     return ""
 
 
+# What was found once: asking torch and Triton takes longer than a launch.
+_chosen_on_cuda: dict[tuple[str, torch.dtype], str] = {}
+
+
 def choose(op: str, kernels: object, tensor: torch.Tensor) -> str:
     """The backend that serves a call of ``op`` whose first tensor is ``tensor``."""
     name = forced()
@@ -175,9 +179,11 @@ def choose(op: str, kernels: object, tensor: torch.Tensor) -> str:
     if tensor.is_cpu and native is not None and tensor.dtype in _READ_DTYPES:
         return "cpu"
     if tensor.is_cuda:
-        for backend in ("cuda", "triton"):
-            if not _why_not(backend, kernels, tensor):
-                return backend
+        found = _chosen_on_cuda.get((op, tensor.dtype))
+        if found is None:
+            usable = (n for n in ("cuda", "triton") if not _why_not(n, kernels, tensor))
+            found = _chosen_on_cuda[op, tensor.dtype] = next(usable, "reference")
+        return found
     return "reference"
 
 

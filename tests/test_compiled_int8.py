@@ -93,7 +93,7 @@ class Case(NamedTuple):
             constants["weight_k_stride"] = 1
         options: dict[str, Any] = {"num_warps": self.num_warps}
         if self.tiles is not None:
-            options = self.tiles.as_arguments()
+            options = {**self.tiles.sizes(), **self.tiles.options()}
             for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"):
                 constants[name] = options.pop(name)
         y = "bf16" if constants["IS_FINISHED"] else "i32"

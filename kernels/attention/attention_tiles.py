@@ -6,11 +6,14 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..common.chips import has_large_memory
+
+Result = TypeVar("Result")
 
 
 class Tiles(NamedTuple):
@@ -22,14 +25,13 @@ class Tiles(NamedTuple):
     num_stages: int
     chunk: int = 32
 
-    def as_arguments(self) -> dict[str, Any]:
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "CHUNK": self.chunk,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
+    def sizes(self) -> dict[str, int]:
+        """Arguments of a kernel."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "CHUNK": self.chunk}
+
+    def options(self) -> dict[str, int]:
+        """Of its launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 class GradientTiles(NamedTuple):
@@ -125,7 +127,11 @@ def neighbours(tiles: Tiles) -> list[Tiles]:
     return [tiles._replace(**change) for change in changes]
 
 
-def _time_ms(launch: Callable[[], None]) -> float:
+def is_capturing(q: Tensor) -> bool:
+    return q.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _time_ms(launch: Callable[[], Any]) -> float:
     import triton  # the table is read without it, too
     from triton.errors import TritonError
 
@@ -136,13 +142,13 @@ def _time_ms(launch: Callable[[], None]) -> float:
 
 
 def launch_fastest(
-    launch: Callable[[Tiles], None], tiles: Tiles, arguments: dict[str, Any], *key: Any
-) -> None:
+    launch: Callable[[Tiles], Result], tiles: Tiles, arguments: dict[str, Any], *key: Any
+) -> Result:
     """Launches with the given tiles, or, if PYFAST_AUTOTUNE is 1, with the fastest of these and
     their neighbours: timed at the first call of its kind, outside of graph capture. ``launch`` may
     be repeated."""
     q = arguments["q_pointer"]
-    if AUTOTUNE and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if AUTOTUNE and not is_capturing(q):
         lengths = (arguments[name].bit_length() for name in ("num_queries", "num_keys"))
         mask = arguments["mask_pointer"]
         names = ("BLOCK_D", "BLOCK_DV", "HAS_DROPOUT", "MASK_TYPE", "IS_VARLEN")
@@ -160,4 +166,4 @@ def launch_fastest(
             times = [_time_ms(functools.partial(launch, one)) for one in candidates]
             _fastest[key] = candidates[times.index(min(times))]
         tiles = _fastest[key]
-    launch(tiles)
+    return launch(tiles)

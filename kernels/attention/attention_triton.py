@@ -6,6 +6,7 @@ float32 products are three passes of TF32 (about 22 bits), or one where torch al
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +14,21 @@ import triton
 from torch import Tensor
 
 from ..common.chips import chip, num_multiprocessors
+from ..common.launch_triton import Launch, Plans, kind_of, kind_of_seed, launch
 from ..common.philox_triton import seed_argument, shard_argument
+from . import attention_tiles
 from .attention_forward_triton import combine_kernel, forward_kernel
 from .attention_tile_triton import LOG2E
 from .attention_tiles import (
     Tiles,
     decode_tiles,
     forward_tiles,
+    is_capturing,
     launch_fastest,
 )
 
 FAR = 1 << 30  # no bound
+_plans, _cache_plans = Plans(), Plans()
 MAX_PACKED_ROWS = 64
 MAX_SPLITS = 64
 
@@ -44,15 +49,15 @@ def kernel_arguments(
     right: int,
     bottom_right: bool,
 ) -> dict[str, Any]:
-    """What the kernels of the forward and of the backward pass are called with."""
+    """What the kernels of the forward and of the backward pass are called with. A mask of bytes is
+    a boolean one."""
     seed_or_pointer, is_pointer = seed_argument(seed)
     place = shard_argument(seed)
-    mask_type = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
+    mask_type = 0 if mask is None else 1 if mask.dtype == torch.uint8 else 2
     if mask is None:
         mask_strides = [0] * 4
     else:
         mask_strides = [0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True)]
-        mask = mask.view(torch.uint8) if mask_type == 1 else mask
     head_size, value_size = q.shape[3], v.shape[3]
     unused = q  # what a kernel does not read
     return {
@@ -97,6 +102,20 @@ def kernel_arguments(
     }
 
 
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    """Triton loads no booleans."""
+    return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
+
+
+def plan_key(tensors: Sequence[Tensor | None], seed: int | Tensor, rule: Sequence[Any]) -> Hashable:
+    """What decides about the launches for ``tensors``, of which the first is q."""
+    argument, _ = seed_argument(seed)
+    kinds = [kind_of(t) for t in tensors]
+    precision = _precision(tensors[0])  # type: ignore[arg-type]
+    place = shard_argument(seed)
+    return (*kinds, kind_of_seed(argument), *place, *rule, precision, attention_tiles.AUTOTUNE)
+
+
 def strides(name: str, letters: str, x: Tensor) -> dict[str, int]:
     return {f"{name}_{d}_stride": s for d, s in zip(letters, x.stride(), strict=False)}
 
@@ -116,8 +135,9 @@ def forward(
     lengths: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-) -> None:
-    """Fills out (B, heads, L, Ev) and lse (B, heads, L)."""
+) -> tuple[list[Launch], list[Tensor]]:
+    """Fills out (B, heads, L, Ev) and lse (B, heads, L). Returns what it launched, and the
+    temporaries of that."""
     q, k = arguments["q_pointer"], arguments["k_pointer"]
     batch, heads, num_queries = lse.shape
     is_varlen, group = arguments["IS_VARLEN"], arguments["group"]
@@ -138,7 +158,7 @@ def forward(
     unused = q
     is_int8 = k_scale is not None
 
-    def launch(tiles: Tiles) -> None:
+    def launch_all(tiles: Tiles) -> tuple[list[Launch], list[Tensor]]:
         num_blocks = triton.cdiv(rows, tiles.block_m)
         if is_varlen:
             num_blocks = num_queries // tiles.block_m + arguments["num_sequences"]
@@ -151,43 +171,69 @@ def forward(
             shape = (num_splits * batch, heads, num_queries)
             parts = torch.empty((*shape, out.shape[3]), dtype=torch.float32, device=q.device)
             part_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-        forward_kernel[(num_programs * num_blocks, num_splits)](
-            **arguments,
-            out_pointer=parts,
-            lse_pointer=part_lse,
-            sinks_pointer=unused if sinks is None else sinks,
-            lengths_pointer=unused if lengths is None else lengths,
-            k_scale_pointer=unused if k_scale is None else k_scale,
-            v_scale_pointer=unused if v_scale is None else v_scale,
-            **strides("out", "bhm", parts),
-            **strides("k_scale", "bhn", q if k_scale is None else k_scale),
-            **strides("v_scale", "bhn", q if v_scale is None else v_scale),
-            batch=batch,
-            num_blocks=num_blocks,
-            num_splits=num_splits,
-            HAS_SINKS=sinks is not None,
-            HAS_LENGTHS=lengths is not None,
-            IS_INT8=is_int8,
-            IS_PACKED=packs,
-            **tiles.as_arguments(),
-        )
-        if num_splits > 1:
-            combine_kernel[(batch * heads * num_queries,)](
-                parts,
-                part_lse,
-                out,
-                lse,
-                *out.stride()[:3],
-                heads,
-                num_queries,
-                batch * heads * num_queries,
-                num_splits,
-                VALUE_SIZE=out.shape[3],
-                BLOCK_DV=arguments["BLOCK_DV"],
-                BLOCK_SPLITS=triton.next_power_of_2(num_splits),
+        launches = [
+            launch(
+                forward_kernel,
+                (num_programs * num_blocks, num_splits),
+                {
+                    **arguments,
+                    "out_pointer": parts,
+                    "lse_pointer": part_lse,
+                    "sinks_pointer": unused if sinks is None else sinks,
+                    "lengths_pointer": unused if lengths is None else lengths,
+                    "k_scale_pointer": unused if k_scale is None else k_scale,
+                    "v_scale_pointer": unused if v_scale is None else v_scale,
+                    **strides("out", "bhm", parts),
+                    **strides("k_scale", "bhn", q if k_scale is None else k_scale),
+                    **strides("v_scale", "bhn", q if v_scale is None else v_scale),
+                    "batch": batch,
+                    "num_blocks": num_blocks,
+                    "num_splits": num_splits,
+                    "HAS_SINKS": sinks is not None,
+                    "HAS_LENGTHS": lengths is not None,
+                    "IS_INT8": is_int8,
+                    "IS_PACKED": packs,
+                    **tiles.sizes(),
+                },
+                **tiles.options(),
             )
+        ]
+        if num_splits == 1:
+            return launches, []
+        num_rows = batch * heads * num_queries
+        combined = launch(
+            combine_kernel,
+            (num_rows,),
+            {
+                "parts_pointer": parts,
+                "part_lse_pointer": part_lse,
+                "out_pointer": out,
+                "lse_pointer": lse,
+                **strides("out", "bhm", out),
+                "heads": heads,
+                "num_queries": num_queries,
+                "num_rows": num_rows,
+                "num_splits": num_splits,
+                "VALUE_SIZE": out.shape[3],
+                "BLOCK_DV": arguments["BLOCK_DV"],
+                "BLOCK_SPLITS": triton.next_power_of_2(num_splits),
+            },
+        )
+        return [*launches, combined], [parts, part_lse]
 
-    launch_fastest(launch, tiles, arguments, packs, is_int8)
+    return launch_fastest(launch_all, tiles, arguments, packs, is_int8)
+
+
+def keep_plan(
+    plans: Plans,
+    key: Hashable,
+    tensors: Sequence[Tensor | None],
+    launches: list[Launch],
+    temporaries: list[Tensor],
+) -> None:
+    """Unless tiles were to be timed and could not."""
+    if not (attention_tiles.AUTOTUNE and is_capturing(tensors[0])):  # type: ignore[arg-type]
+        plans.keep(key, tensors, launches, temporaries)
 
 
 def attention_triton(
@@ -207,8 +253,12 @@ def attention_triton(
     out = q.new_empty((batch, length, heads, v.shape[3])).transpose(1, 2)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
     if lse.numel() > 0 and not (cu_seqlens_q is not None and len(cu_seqlens_q) == 1):
-        operands = q, k, v, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k
-        forward(kernel_arguments(*operands, seed, *rule), out, lse, sinks)
+        operands = q, k, v, as_bytes(mask), alibi_slopes, cu_seqlens_q, cu_seqlens_k
+        tensors = *operands, sinks, out, lse
+        key = plan_key(tensors, seed, rule)
+        if not _plans.run(key, tensors, seed_argument(seed)[0]):
+            made = forward(kernel_arguments(*operands, seed, *rule), out, lse, sinks)
+            keep_plan(_plans, key, tensors, *made)
     return out, lse
 
 
@@ -233,6 +283,10 @@ def attention_with_kv_cache_triton(
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
     if lse.numel() > 0:
         rule = (0, scale, softcap, left, right, True)
-        arguments = kernel_arguments(q, k, v, None, alibi_slopes, None, None, 0, *rule)
-        forward(arguments, out, lse, sinks, lengths, k_scale, v_scale)
+        tensors = q, k, v, alibi_slopes, sinks, lengths, k_scale, v_scale, out, lse
+        key = plan_key(tensors, 0, rule)
+        if not _cache_plans.run(key, tensors, 0):
+            arguments = kernel_arguments(q, k, v, None, alibi_slopes, None, None, 0, *rule)
+            made = forward(arguments, out, lse, sinks, lengths, k_scale, v_scale)
+            keep_plan(_cache_plans, key, tensors, *made)
     return out, lse

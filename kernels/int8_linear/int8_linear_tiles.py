@@ -3,7 +3,7 @@ spills and shared memory suffices; times decide once a GPU is at hand."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -19,14 +19,13 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
 
-    def as_arguments(self) -> dict[str, Any]:
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
+    def sizes(self) -> dict[str, int]:
+        """Arguments of a kernel."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+
+    def options(self) -> dict[str, int]:
+        """Of its launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 # By chip and what x is; the first that holds all rows is taken, or else the last. Tiles of "ampere"

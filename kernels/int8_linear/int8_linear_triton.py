@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..common.launch_triton import Launch, Plans, kind_of, launch
 from ..quantize_int8.quantize_int8_triton import quantize_int8_triton
 from .int8_linear_kernel_triton import combine_kernel, product_kernel
 from .int8_linear_tiles import choose
@@ -18,6 +19,7 @@ from .int8_linear_tiles import choose
 COMBINE_BLOCK = 256
 ALIGNMENT = 16  # elements and bytes: what Triton knows of sizes and addresses
 FEW_ROWS = 16
+_plans = Plans()
 
 
 def _precision(x: Tensor) -> str:
@@ -72,6 +74,22 @@ def _product(
     if y.numel() == 0:
         return
     x, weight = _loadable(x, weight)
+    tensors = x, weight, y, row_scale, weight_scale, bias
+    key = (*map(kind_of, tensors), activation, _precision(x))
+    if not _plans.run(key, tensors):
+        _plans.keep(key, tensors, *_launch_product(*tensors, activation))
+
+
+def _launch_product(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    row_scale: Tensor | None,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+) -> tuple[list[Launch], list[Tensor]]:
+    """What is launched, and its temporaries."""
     m, k = x.shape
     n = weight.shape[0]
     tiles, k_of_split = choose(x.device, x.dtype, m, n, k)
@@ -88,34 +106,45 @@ def _product(
         "HAS_ROW_SCALE": row_scale is not None,
         "HAS_BIAS": bias is not None,
         "ACTIVATION": activation,
-        "enable_fp_fusion": False,  # multiply and add round separately
     }
-    num_blocks = triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n)
-    product_kernel[(num_blocks, splits)](
-        x_pointer=x,
-        weight_pointer=weight,
-        y_pointer=sums,
-        k=k,
-        k_of_split=k_of_split,
-        x_m_stride=x.stride(0),
-        weight_n_stride=weight.stride(0),
-        weight_k_stride=weight.stride(1),
-        IS_FINISHED=weight_scale is not None and splits == 1,
-        PRECISION=_precision(x),
-        EVEN_K=k % tiles.block_k == 0,
-        GROUP=8,
-        **operands,
-        **tiles.as_arguments(),
-    )
-    if splits > 1:
-        combine_kernel[(triton.cdiv(n, COMBINE_BLOCK), m)](
-            partial_pointer=sums,
-            y_pointer=y,
-            splits=splits,
-            IS_FINISHED=weight_scale is not None,
-            BLOCK_N=COMBINE_BLOCK,
+    product = launch(
+        product_kernel,
+        (triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n), splits),
+        {
+            "x_pointer": x,
+            "weight_pointer": weight,
+            "y_pointer": sums,
+            "k": k,
+            "k_of_split": k_of_split,
+            "x_m_stride": x.stride(0),
+            "weight_n_stride": weight.stride(0),
+            "weight_k_stride": weight.stride(1),
+            "IS_FINISHED": weight_scale is not None and splits == 1,
+            "PRECISION": _precision(x),
+            "EVEN_K": k % tiles.block_k == 0,
+            "GROUP": 8,
             **operands,
-        )
+            **tiles.sizes(),
+        },
+        **tiles.options(),
+        enable_fp_fusion=False,  # multiply and add round separately
+    )
+    if splits == 1:
+        return [product], []
+    combined = launch(
+        combine_kernel,
+        (triton.cdiv(n, COMBINE_BLOCK), m),
+        {
+            "partial_pointer": sums,
+            "y_pointer": y,
+            "splits": splits,
+            "IS_FINISHED": weight_scale is not None,
+            "BLOCK_N": COMBINE_BLOCK,
+            **operands,
+        },
+        enable_fp_fusion=False,
+    )
+    return [product, combined], [sums]
 
 
 def int8_mm_triton(a: Tensor, b: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.launch_triton import Launch, Plans, kind_of, launch
+
+_plans = Plans()
 MAX_COLUMNS = 16384
 CHUNK = 8192
 MAX_CHUNKS = 1024  # of a block
@@ -210,19 +213,39 @@ def quantize_int8_triton(
     zero_point = torch.empty(0 if symmetric else shape, dtype=torch.int32, device=x.device)
     if x.numel() == 0:
         return values, new_scale, zero_point
+    scale = None if scale is None else scale.contiguous()
+    smooth = None if smooth is None else smooth.contiguous()
+    tensors = x, scale, smooth, values, new_scale, zero_point
+    key = (*map(kind_of, tensors), block_size)
+    if not _plans.run(key, tensors):
+        _plans.keep(key, tensors, *_launch(*tensors, min(block_size, row_size)))
+    return values, new_scale, zero_point
+
+
+def _launch(
+    x: Tensor,
+    scale: Tensor | None,
+    smooth: Tensor | None,
+    values: Tensor,
+    new_scale: Tensor,
+    zero_point: Tensor,
+    block_size: int,
+) -> tuple[list[Launch], list[Tensor]]:
+    """What is launched, and its temporaries. ``zero_point``: empty if symmetric."""
+    symmetric = zero_point.numel() == 0
     unused = new_scale
     blocks = {
-        "blocks_per_row": shape[-1],
-        "row_size": row_size,
-        "block_size": min(block_size, row_size),
+        "blocks_per_row": new_scale.shape[-1],
+        "row_size": x.shape[-1],
+        "block_size": block_size,
     }
     inputs = {
         "x_pointer": x,
-        "smooth_pointer": unused if smooth is None else smooth.contiguous(),
+        "smooth_pointer": unused if smooth is None else smooth,
         "HAS_SMOOTH": smooth is not None,
     }
     outputs = {
-        "scale_in_pointer": unused if scale is None else scale.contiguous(),
+        "scale_in_pointer": unused if scale is None else scale,
         "values_pointer": values,
         "scale_pointer": new_scale,
         "zero_point_pointer": unused if symmetric else zero_point,
@@ -230,33 +253,40 @@ def quantize_int8_triton(
         "SYMMETRIC": symmetric,
     }
     num_blocks = new_scale.numel()
-    if blocks["block_size"] <= MAX_COLUMNS:
-        num_together, columns, num_warps = block_tile(blocks["block_size"])
-        block_kernel[(triton.cdiv(num_blocks, num_together),)](
-            **inputs,
-            **outputs,
-            **blocks,
-            num_blocks=num_blocks,
-            BLOCKS=num_together,
-            COLUMNS=columns,
+    if block_size <= MAX_COLUMNS:
+        num_together, columns, num_warps = block_tile(block_size)
+        made = launch(
+            block_kernel,
+            (triton.cdiv(num_blocks, num_together),),
+            {
+                **inputs,
+                **outputs,
+                **blocks,
+                "num_blocks": num_blocks,
+                "BLOCKS": num_together,
+                "COLUMNS": columns,
+            },
             num_warps=num_warps,
             enable_fp_fusion=False,
         )
-        return values, new_scale, zero_point
-    num_parts = triton.cdiv(blocks["block_size"], CHUNK)
+        return [made], []
+    num_parts = triton.cdiv(block_size, CHUNK)
     parts_per_chunk = triton.cdiv(num_parts, MAX_CHUNKS)
     chunks = triton.cdiv(num_parts, parts_per_chunk)
-    cut = {**blocks, "chunks_per_block": chunks, "parts_per_chunk": parts_per_chunk}
     found = torch.empty((num_blocks, chunks, 2), dtype=torch.int32, device=x.device)
-    options = {"COLUMNS": CHUNK, "num_warps": 8, "enable_fp_fusion": False}
+    cut = {
+        **blocks,
+        "chunks_per_block": chunks,
+        "parts_per_chunk": parts_per_chunk,
+        "COLUMNS": CHUNK,
+        "extremes_pointer": found,
+    }
     grid = (num_blocks * chunks,)
-    chunk_extremes_kernel[grid](**inputs, **cut, **options, extremes_pointer=found)
-    chunk_values_kernel[grid](
-        **inputs,
-        **outputs,
-        **cut,
-        **options,
-        extremes_pointer=found,
-        CHUNKS=triton.next_power_of_2(chunks),
-    )
-    return values, new_scale, zero_point
+    last = {**inputs, **outputs, **cut, "CHUNKS": triton.next_power_of_2(chunks)}
+    return [
+        launch(kernel, grid, arguments, num_warps=8, enable_fp_fusion=False)
+        for kernel, arguments in (
+            (chunk_extremes_kernel, {**inputs, **cut}),
+            (chunk_values_kernel, last),
+        )
+    ], [found]
