@@ -115,5 +115,6 @@ def dropout_triton(
         SEED_IS_POINTER=is_pointer,
         PER_ELEMENT=mask_ndim == x.dim() and is_whole,
         BLOCK=BLOCK,
+        enable_fp_fusion=False,  # as on every backend: multiply and add round separately
     )
     return y if target is y else y.copy_(target)

@@ -43,10 +43,10 @@ def quantize_int8_reference(
     if scale is not None:
         one = scale.reshape(()).expand(is_finite.shape) if scale.numel() == 1 else None
         new_scale = scale.reshape(is_finite.shape) if one is None else one
-    elif symmetric:
-        new_scale = torch.maximum(-low, high) / 127.0
+    elif symmetric:  # by a tensor: torch multiplies by the reciprocal of a number on CUDA
+        new_scale = torch.maximum(-low, high) / low.new_full((), 127.0)
     else:  # halved, so that the difference of the largest floats is finite
-        new_scale = (high * 0.5 - low * 0.5) / 127.5
+        new_scale = (high * 0.5 - low * 0.5) / low.new_full((), 127.5)
     new_scale = torch.where(new_scale == 0.0, 1.0, new_scale)
     quotient = (finite / new_scale.unsqueeze(-1)).round()
     if symmetric:

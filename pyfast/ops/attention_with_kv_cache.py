@@ -116,7 +116,8 @@ _attend = Op(
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """(..., n) as int8 and one float32 scale per token: symmetric, absmax / 127, half to even."""
     x = x.float()
-    scale = x.abs().amax(-1) / 127
+    # By a tensor: torch multiplies by the reciprocal of a number on CUDA, which is rounded.
+    scale = x.abs().amax(-1) / torch.full((), 127.0, device=x.device)
     values = (x / torch.where(scale == 0, 1, scale)[..., None]).round().clamp(-127, 127)
     return values.to(torch.int8), scale
 

@@ -41,7 +41,8 @@ def _backward_native(grad: Tensor, seed: int | Tensor, *rule: Any) -> tuple[Tens
     (grad,) = contiguous(grad)
     num_columns = grad.shape[-1]
     grad_x = empty_like(grad)
-    grad_bias = grad.new_zeros(num_columns, dtype=compute_dtype(grad))
+    make = grad.new_empty if grad.numel() else grad.new_zeros  # nothing is written for empty rows
+    grad_bias = make(num_columns, dtype=compute_dtype(grad))
     native.bias_dropout_add_backward(
         grad,
         grad_x,

@@ -110,7 +110,8 @@ def _backward_native(
     grad_y, grad_z, z, weight = contiguous(grad_y, grad_z, z, weight)
     num_columns = z.shape[-1]
     grad_x, grad_residual = empty_like(z), empty_like(z)
-    grad_weight, grad_bias = (z.new_zeros(num_columns, dtype=compute_dtype(z)) for _ in "wb")
+    make = z.new_empty if z.numel() else z.new_zeros  # nothing is written for empty rows
+    grad_weight, grad_bias = (make(num_columns, dtype=compute_dtype(z)) for _ in "wb")
     native.dropout_add_norm_backward(
         grad_y,
         grad_z,

@@ -79,7 +79,8 @@ def rms_norm(
     :func:`pyfast.nn.functional.dropout_add_norm` without dropout and residual. Differences: results
     are rounded to the dtype of x once; the weight may have another floating-point dtype without a
     warning. Norms over several dimensions, subclasses, and traced, compiled and transformed code
-    go to torch's function. Errors are torch's.
+    go to torch's function, and on CUDA, where torch has one pass too, every call that no backend
+    was forced for. Errors are torch's.
 
     Args:
         input: (..., n) floating point, any strides (copied when not contiguous).
@@ -97,12 +98,11 @@ def rms_norm(
         and isinstance(normalized_shape[0], int)
         and (eps is None or isinstance(eps, float))
     )
-    if (
-        usual
-        and serves(input, weight)
-        and normalized_shape[0] == input.shape[-1]
-        # torch's gives float32 in autocast on CUDA.
-        and not (input.is_cuda and torch.is_autocast_enabled("cuda"))
-    ):
-        return rms_norm_rows(input, weight, eps)
+    if usual and serves(input, weight) and normalized_shape[0] == input.shape[-1]:
+        # In autocast on CUDA torch's gives float32.
+        if not input.is_cuda or (_forced() is not None and not torch.is_autocast_enabled("cuda")):
+            return rms_norm_rows(input, weight, eps)
+        if _observers:
+            reason = "torch has a kernel for it on CUDA"
+            _backend.report(norm_op.name, norm_op.kernels, input, "torch", reason, "")
     return F.rms_norm(input, normalized_shape, weight, eps)

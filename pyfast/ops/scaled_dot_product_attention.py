@@ -110,14 +110,14 @@ def _why_torch(
     size = query.shape[-1]
     if (
         attn_mask is None
-        and p == 0
+        and p < 1
         and query.dtype in (torch.bfloat16, torch.float16)
         and size == value.shape[-1]
         and size % 8 == 0
         and 0 < size <= MAX_HEAD_SIZE
         and (not is_causal or query.shape[-2] == key.shape[-2])
     ):
-        return "its fused kernels compute the same, and pyfast's has not been measured faster"
+        return "its fused kernels compute the same, and pyfast's was measured to be slower"
     return ""
 
 
@@ -192,9 +192,9 @@ def scaled_dot_product_attention(
     no more memory than the mask; the dropout mask is a function of the seed
     (:func:`pyfast.dropout_mask` with ``stream=0``), regenerated in the backward pass; bfloat16 and
     float16 accumulate in float32, gradients too. On the CPU the result does not depend on the
-    number of threads. On CUDA, calls without a mask, dropout and pyfast's extras that torch's fused
-    kernels serve (bfloat16, float16) go to torch, all others to Triton kernels, whose float32
-    products are three passes of TF32, or one where torch allows TF32;
+    number of threads. On CUDA, calls without a mask and pyfast's extras that torch's fused kernels
+    serve (bfloat16, float16) go to torch, and draw their dropout as torch does; all others go to
+    Triton kernels, whose float32 products are three passes of TF32, or one where torch allows TF32;
     :func:`pyfast.explain` tells. On other devices calls that need no extras go to torch.
 
     The scores are, in this order: ``scale * q k^T``, ``softcap * tanh(scores / softcap)``,
