@@ -8,15 +8,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+from device_under_test import CPU, current_device, on_device, to_device
 from oracle import drop_scale, keep_mask, nan_memory
 from torch import Tensor
 
 import pyfast
 
-F = pyfast.nn.functional
+NAMES = "scaled_dot_product_attention", "varlen_attention", "attention_with_kv_cache"
+# They take tensors on the CPU to the device of the backend under test, and back.
+F = SimpleNamespace(**{name: on_device(getattr(pyfast.nn.functional, name)) for name in NAMES})
 SEED = 0xFEDCBA9876543210
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MASK_DTYPES = {
@@ -250,17 +254,21 @@ def results_of(
     grads: tuple[Tensor, Tensor],
     with_slopes: bool = True,
 ) -> Results:
-    """out, lse and the gradients of what is differentiable, by their names."""
-    leaves = inputs.map(lambda t: t.detach().clone().requires_grad_())
+    """out, lse and the gradients of what is differentiable, by their names; on the CPU."""
+    device = CPU if function is dense else current_device()
+    leaves = inputs.map(lambda t: t.detach().clone().to(device).requires_grad_())
+    if leaves.mask is not None:
+        leaves = leaves._replace(mask=leaves.mask.to(device))
     if leaves.slopes is not None:
         leaves.slopes.requires_grad_(with_slopes)
     out, lse = function(case, _laid(case.layout, leaves))
-    torch.autograd.backward([out, lse], [grads[0].to(out.dtype), grads[1].to(lse.dtype)])
+    given = (grads[0].to(out.dtype), grads[1].to(lse.dtype))
+    torch.autograd.backward([out, lse], given if function is dense else [*map(to_device, given)])
     results = {"out": out.detach(), "lse": lse.detach()}
     for name, leaf in zip(Inputs._fields, leaves, strict=True):
         if leaf is not None and leaf.requires_grad:
             results[name] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-    return results
+    return {name: result.cpu() for name, result in results.items()}
 
 
 def _pull(case: Case, leaves: Inputs, grad_scores: Tensor, p: Tensor, grad_out: Tensor) -> Results:

@@ -19,6 +19,7 @@ import hypothesis
 import pytest
 import torch
 import triton_interpreter
+from device_under_test import use_device
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -177,7 +178,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     if chosen.level is not None:
         native.set_selected_isa(chosen.level)
     try:
-        with pyfast.use_backend(chosen.name):
+        with pyfast.use_backend(chosen.name), use_device(chosen.device):
             yield chosen
     finally:
         if before is not None:

@@ -125,9 +125,9 @@ def test_gradient_of_any_layout(backend: Backend, layout: str, dtype: torch.dtyp
     actual = results_of(relaid, case, inputs, grads)
     actual["lse"] = actual["lse"].transpose(-1, -2)
     assert_accurate(actual, expected(case, dtype), layout)
-    x = inputs.map(lambda t: t.clone().requires_grad_())
+    x = inputs.map(lambda t: t.clone().to(backend.device).requires_grad_())
     call(case, x)[0].sum().backward()
-    y = inputs.map(lambda t: t.clone().requires_grad_())
+    y = inputs.map(lambda t: t.clone().to(backend.device).requires_grad_())
     out, _ = call(case, y)
     out.backward(torch.ones_like(out).contiguous())
     for a, b in zip(x[:3], y[:3], strict=True):

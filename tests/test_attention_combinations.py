@@ -160,9 +160,11 @@ def test_several_blocks(backend: Backend, case: Case, monkeypatch: pytest.Monkey
     tiles = pytest.importorskip("pyfast.kernels.attention.attention_tiles")
     forward, gradient = tiles.Tiles(64, 32, 4, 1), tiles.GradientTiles
     both = gradient(forward, tiles.Tiles(32, 64, 4, 1))
+    dtype = DTYPES[SEVERAL_BLOCKS.index(case) % 3]
+    chip = importlib.import_module("pyfast.kernels.common.chips").chip(backend.device, dtype)
     for table, entry in ((tiles.FORWARD, forward), (tiles.BACKWARD, both)):
-        monkeypatch.setitem(table, "interpreter", dict.fromkeys((64, 128, 256), entry))
-    checked(backend, case, DTYPES[SEVERAL_BLOCKS.index(case) % 3])
+        monkeypatch.setitem(table, chip, dict.fromkeys((64, 128, 256), entry))
+    checked(backend, case, dtype)
 
 
 @pytest.mark.backends("triton")
@@ -180,11 +182,14 @@ def test_autotuning(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "AUTOTUNE", True)
     monkeypatch.setattr(tiles, "_time_ms", stopwatch)
     monkeypatch.setattr(tiles, "_fastest", {})
+    chip = importlib.import_module("pyfast.kernels.common.chips").chip(
+        backend.device, torch.float32
+    )
     for table, entry in (
         (tiles.FORWARD, start),
         (tiles.BACKWARD, tiles.GradientTiles(start, start)),
     ):
-        monkeypatch.setitem(table, "interpreter", dict.fromkeys((64, 128, 256), entry))
+        monkeypatch.setitem(table, chip, dict.fromkeys((64, 128, 256), entry))
     case = Case((1,), 2, 70, 66, causal=True, p=0.1)
     checked(backend, case, torch.float32)
     assert timed == 3 * tiles.neighbours(start)

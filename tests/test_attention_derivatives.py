@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from attention_cases import Case, F, Function, Inputs, call, dense, make
+from attention_cases import Case, Function, Inputs, call, dense, make
 from conftest import Backend
 from oracle import assert_bits_equal, normal
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+import pyfast
+
 pytestmark = pytest.mark.backends("reference", "cpu", "triton")
-attention = F.scaled_dot_product_attention
+attention = pyfast.nn.functional.scaled_dot_product_attention
 SMALL = Case((2,), 2, 4, 5, 3)
 CASES = {
     "plain": SMALL,
@@ -155,7 +157,7 @@ def test_forward_mode(backend: Backend) -> None:
 
 def test_vmap(backend: Backend) -> None:
     """Values and gradients by sample; each is a call of its own, with the mask of its seed."""
-    tensors = tuple(normal(3, 2, 2, n, 8) for n in (4, 5, 5))
+    tensors = tuple(normal(3, 2, 2, n, 8).to(backend.device) for n in (4, 5, 5))
     function = lambda *t: attention(*t, is_causal=True, dropout_p=0.3, seed=5)  # noqa: E731
     grad = torch.func.grad(lambda *t: function(*t).square().sum(), argnums=(0, 1, 2))
     wanted = [function(*sample) for sample in zip(*tensors, strict=True)]
@@ -202,7 +204,7 @@ def test_compiles_fullgraph(backend: Backend, dropout_p: float) -> None:
     )
     results = []
     for run in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
-        leaves = [t.clone().requires_grad_() for t in inputs]
+        leaves = [t.clone().to(backend.device).requires_grad_() for t in inputs]
         out = run(*leaves)
         out.square().sum().backward()
         results.append([out.detach(), *(t.grad for t in leaves)])
@@ -214,8 +216,8 @@ def test_compiled_dropout_draws_anew(backend: Backend) -> None:
     """Another mask in every call, what eager draws from the same state, and the same mask in the
     backward pass."""
     torch._dynamo.reset()
-    q, k = torch.zeros(1, 2, 16, 8), normal(1, 2, 32, 8)
-    v = torch.eye(32).expand(1, 2, 32, 32)
+    q, k = (t.to(backend.device) for t in (torch.zeros(1, 2, 16, 8), normal(1, 2, 32, 8)))
+    v = torch.eye(32, device=backend.device).expand(1, 2, 32, 32)
     function = lambda v: attention(q, k, v, dropout_p=0.5)  # noqa: E731
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.manual_seed(1)
@@ -224,7 +226,7 @@ def test_compiled_dropout_draws_anew(backend: Backend) -> None:
     torch.manual_seed(1)
     assert_bits_equal(first, function(v))
     assert not torch.equal(first, second)
-    (grad,) = torch.autograd.grad(first, leaf, torch.eye(16, 32).expand(1, 2, 16, 32))
+    (grad,) = torch.autograd.grad(first, leaf, torch.eye(16, 32).to(v).expand(1, 2, 16, 32))
     assert torch.equal(grad[..., :16] != 0, (first[..., :32] != 0).transpose(-1, -2))
 
 
@@ -235,7 +237,8 @@ def test_compiles_dynamic(backend: Backend) -> None:
     compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
     counts = set()
     for length, keys in ((6, 9), (7, 12), (16, 33)):
-        q, k, mask = normal(2, 2, length, 8), normal(2, 2, keys, 8), normal(length, keys)
+        shapes = (2, 2, length, 8), (2, 2, keys, 8), (length, keys)
+        q, k, mask = (normal(*shape).to(backend.device) for shape in shapes)
         torch.testing.assert_close(compiled(q, k, mask), function(q, k, mask))
         counts.add(counter.frame_count)
     assert len(counts) == 1, "compiled again for another length"
@@ -249,6 +252,7 @@ def test_exports(backend: Backend, dropout_p: float) -> None:
             return result
 
     tensors = normal(2, 2, 6, 8), normal(2, 2, 9, 8), normal(6, 9) > 0
+    tensors = tuple(t.to(backend.device) for t in tensors)
     run = torch.export.export(Module(), tensors).module()
     torch.manual_seed(3)
     actual = run(*tensors)
@@ -316,7 +320,7 @@ def test_checkpoint(backend: Backend, use_reentrant: bool) -> None:
     results = []
     for wrapped in (False, True):
         torch.manual_seed(6)
-        q, k, v = (t.clone().requires_grad_() for t in normal(3, 1, 2, 16, 8))
+        q, k, v = (t.clone().requires_grad_() for t in normal(3, 1, 2, 16, 8).to(backend.device))
         function = lambda *t: attention(*t, dropout_p=0.5)  # noqa: E731
         if wrapped:
             out = checkpoint(function, q, k, v, use_reentrant=use_reentrant)
@@ -330,9 +334,10 @@ def test_checkpoint(backend: Backend, use_reentrant: bool) -> None:
 
 def test_autocast(backend: Backend) -> None:
     """Computed in bfloat16, as torch does; gradients come back in the dtype of the leaves."""
-    q, k, v = (t.clone().requires_grad_() for t in normal(3, 1, 2, 16, 8))
-    for mask in (None, normal(16, 16), normal(16, 16) > 0):
-        with torch.autocast("cpu", torch.bfloat16):
+    device = backend.device
+    q, k, v = (t.clone().requires_grad_() for t in normal(3, 1, 2, 16, 8).to(device))
+    for mask in (None, normal(16, 16).to(device), normal(16, 16).to(device) > 0):
+        with torch.autocast(device.type, torch.bfloat16):
             out = attention(q, k, v, mask)
             torchs = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
             mixed = attention(q.bfloat16(), k, v, mask)
@@ -341,22 +346,17 @@ def test_autocast(backend: Backend) -> None:
         torch.testing.assert_close(mixed, out)
     grads = torch.autograd.grad(out.float().square().sum(), (q, k, v))
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert (
-            F.varlen_attention(
-                *(t[0].transpose(0, 1) for t in (q, k, v)),
-                *torch.tensor([[0, 16], [0, 16]]),
-                16,
-                16,
-            ).dtype
-            == torch.bfloat16
-        )
+    packed = (t[0].transpose(0, 1) for t in (q, k, v))
+    ends = torch.tensor([0, 16], device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        out = pyfast.nn.functional.varlen_attention(*packed, ends, ends, 16, 16)
+    assert out.dtype == torch.bfloat16
 
 
 def test_saves_no_mask(backend: Backend) -> None:
     """For the backward pass: operands, result, lse; nothing of L x S."""
     saved: list[Tensor] = []
-    q, k, v = (t.clone().requires_grad_() for t in normal(3, 1, 2, 100, 8))
+    q, k, v = (t.clone().requires_grad_() for t in normal(3, 1, 2, 100, 8).to(backend.device))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         attention(q, k, v, dropout_p=0.5)
     assert sum(t.numel() for t in saved) == 4 * q.numel() + 2 * 100
@@ -366,7 +366,7 @@ def test_subclasses_and_modes(backend: Backend) -> None:
     class Named(torch.Tensor):
         pass
 
-    q, k, v = normal(3, 1, 2, 9, 8)
+    q, k, v = normal(3, 1, 2, 9, 8).to(backend.device)
     wanted = attention(q, k, v)
     named = attention(q.as_subclass(Named), k, v)
     assert type(named) is Named

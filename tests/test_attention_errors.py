@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import F
 from conftest import Backend
+from device_under_test import to_device
 from oracle import normal
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import pyfast
 
 pytestmark = pytest.mark.backends("reference", "cpu", "triton")
+F = pyfast.nn.functional
 attention = F.scaled_dot_product_attention
 Q, K = normal(2, 4, 5, 8), normal(2, 4, 7, 8)
 BOOL = torch.ones(5, 7, dtype=torch.bool)
@@ -62,7 +64,7 @@ def calls() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
 
 @pytest.mark.parametrize("name", calls())
 def test_rejects_what_torch_rejects(backend: Backend, name: str) -> None:
-    arguments, keywords = calls()[name]
+    arguments, keywords = tree_map_only(Tensor, to_device, calls()[name])
     torchs, text = error_of(
         torch.nn.functional.scaled_dot_product_attention, *arguments, **keywords
     )
@@ -79,14 +81,15 @@ def test_rejects_what_torch_rejects(backend: Backend, name: str) -> None:
 
 
 def test_rejects_nan_probability(backend: Backend) -> None:
-    assert error_of(attention, Q, K, K, None, float("nan"))[0] in (RuntimeError, ValueError)
+    q, k = to_device(Q), to_device(K)
+    assert error_of(attention, q, k, k, None, float("nan"))[0] in (RuntimeError, ValueError)
 
 
 def test_rejects_other_numbers_of_keys_and_values(backend: Backend) -> None:
     """Torch reads past the end of the shorter one."""
     for k, v in ((K, K[:, :, :6]), (K[:, :, :6], K)):
         with pytest.raises(ValueError, match="do not match"):
-            attention(Q, k, v)
+            attention(*map(to_device, (Q, k, v)))
 
 
 OURS: dict[str, tuple[dict[str, Any], str]] = {
@@ -113,15 +116,16 @@ OURS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", OURS)
 def test_rejects_what_does_not_fit(backend: Backend, name: str) -> None:
-    keywords, text = OURS[name]
+    keywords, text = tree_map_only(Tensor, to_device, OURS[name])
     with pytest.raises(ValueError, match=f"scaled_dot_product_attention: {text}"):
-        attention(Q, K, K, **keywords)
+        attention(*map(to_device, (Q, K, K)), **keywords)
 
 
 @pytest.mark.parametrize("seed", [1.5, "1", torch.ones(2).long(), torch.ones(1)], ids=str)
 def test_rejects_seeds(backend: Backend, seed: Any) -> None:
-    wanted = error_of(F.dropout, Q, 0.5, seed=seed)
-    kind, text = error_of(attention, Q, K, K, None, 0.5, seed=seed)
+    q, k = to_device(Q), to_device(K)
+    wanted = error_of(F.dropout, q, 0.5, seed=seed)
+    kind, text = error_of(attention, q, k, k, None, 0.5, seed=seed)
     assert kind is wanted[0] and text.partition(":")[2] == wanted[1].partition(":")[2]
 
 

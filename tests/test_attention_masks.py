@@ -242,12 +242,13 @@ def test_gradients_of_rows_of_the_smallest_number(
 
 def test_causal_bias(backend: Backend) -> None:
     """torch's mask objects, which name the alignment."""
-    q, k, v = normal(1, 2, 9, 8), *normal(2, 1, 2, 14, 8)
+    q, k, v = (t.to(backend.device) for t in (normal(1, 2, 9, 8), *normal(2, 1, 2, 14, 8)))
     for bias, alignment in ((causal_upper_left, "top_left"), (causal_lower_right, "bottom_right")):
         wanted = attention(q, k, v, is_causal=True, causal_alignment=alignment)
         assert_bits_equal(attention(q, k, v, bias(9, 14)), wanted)
-        torchs = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias(9, 14))
-        torch.testing.assert_close(wanted, torchs)
+        on_cpu = (t.cpu() for t in (q, k, v))
+        torchs = torch.nn.functional.scaled_dot_product_attention(*on_cpu, bias(9, 14))
+        torch.testing.assert_close(wanted.cpu(), torchs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

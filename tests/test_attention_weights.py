@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import Backend
+from device_under_test import current_device, to_same
 from pyfast.kernels.dropout.dropout_reference import attention_mask_reference
 from test_multi_head_attention import E, H, N, assert_same, ours, results
 from torch import Tensor
@@ -38,6 +40,8 @@ def plain_attention(module: nn.MultiheadAttention, mask: Tensor, kept: Tensor) -
 def check_dropout() -> None:
     """One mask for result and weights: out = out_proj(weights @ v), and its gradients."""
     module = pyfast.nn.MultiheadAttention(E, H, dropout=0.3, batch_first=True)
+    on_cpu = copy.deepcopy(module)
+    module.to(current_device())
     x, mask = torch.randn(N, 37, E), torch.randn(37, 37)
     threshold = round(0.3 * 65536)
     torch.manual_seed(7)
@@ -45,8 +49,9 @@ def check_dropout() -> None:
     torch.manual_seed(7)
     seed = int(torch.empty((), dtype=torch.int64).random_())
     kept = attention_mask_reference((N, H, 37, 37), seed, threshold, torch.device("cpu"))
-    plain = plain_attention(module, mask, kept * 65536 / (65536 - threshold))
+    plain = plain_attention(on_cpu, mask, kept * 65536 / (65536 - threshold))
     assert_same(actual, results(plain, [x] * 3))
+    x, mask, *actual = to_same(module, (x, mask, *actual))
     for need_weights in (True, False):
         torch.manual_seed(7)
         out, weights = module(x, x, x, attn_mask=mask, need_weights=need_weights)

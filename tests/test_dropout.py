@@ -355,7 +355,7 @@ def test_inplace_gradients(backend: Backend) -> None:
         y = x * 3
         assert F.dropout(part(y), 0.4, inplace=True, seed=1).requires_grad
         y.sum().backward()
-        expected = torch.full((4, 9), 3.0)
+        expected = torch.full((4, 9), 3.0, device=backend.device)
         part(expected).copy_(F.dropout(part(expected), 0.4, seed=1))
         assert_bits_equal(x.grad, expected)
     x = normal(4, 9).to(backend.device).requires_grad_()

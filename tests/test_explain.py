@@ -83,6 +83,16 @@ def test_gpu_benchmark_goes_through(tmp_path: Path) -> None:
     assert refused.returncode == 2 and "no CUDA device" in refused.stderr
 
 
+@pytest.mark.skipif(HAS_GPU, reason="the script itself runs there")
+def test_gpu_overview_goes_through(tmp_path: Path) -> None:
+    out = tmp_path / "overview.json"
+    command = [sys.executable, "-m", "pyfast.benchmarks.gpu_overview", "--dry-run", "--out", out]
+    subprocess.run(command, check=True, capture_output=True)
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["name"].split()[0] for row in rows} > {"dropout", "W8A8", "AdamW", "decode"}
+    assert all("pyfast" in row["eager_us"] for row in rows[2:])
+
+
 def test_gpu_check_is_a_script() -> None:
     subprocess.run(["bash", "-n", ROOT / "benchmarks/gpu_check.sh"], check=True)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import Backend
+from device_under_test import CPU, current_device, to_same
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -94,7 +95,8 @@ def arguments(case: tuple[Any, ...], batched: bool, keys: int, dtype: torch.dtyp
 
 
 def results(module: nn.Module, tensors: list[Tensor], **options: Any) -> list[Tensor | None]:
-    """Result, weights, and the gradients of a loss of both."""
+    """Result, weights, and the gradients of a loss of both, on the CPU."""
+    tensors, options = to_same(module, (tensors, options))
     if len({id(t) for t in tensors}) == 1:
         leaves = [tensors[0].clone().requires_grad_()]
         operands = leaves * 3
@@ -106,7 +108,7 @@ def results(module: nn.Module, tensors: list[Tensor], **options: Any) -> list[Te
     if weights is not None:
         loss = loss + (weights * (7 * weights.detach()).sin()).sum()
     loss.backward()
-    return [out, weights, *(t.grad for t in leaves), *(p.grad for p in module.parameters())]
+    return to_same(CPU, [out, weights, *(t.grad for t in [*leaves, *module.parameters()])])
 
 
 def assert_same(actual: list[Tensor | None], expected: list[Tensor | None]) -> None:
@@ -124,6 +126,7 @@ def check(
     """``is_slow``: self-attention and evaluation, which are no other kernels, are left out."""
     theirs, mine = modules(dtype=dtype, **CONSTRUCTORS[constructor])
     assert_same(list(mine.parameters()), list(theirs.parameters()))
+    mine.to(current_device())
     for case in forwards:
         for batched, same in ((True, False), (False, False), (True, True), (False, True)):
             if same and (is_slow or theirs.kdim != E):
@@ -194,11 +197,12 @@ def test_function_matches_torch_with_static_keys() -> None:
 
 @ours
 def test_fully_masked_rows_are_zero(backend: Backend) -> None:
-    module = pyfast.nn.MultiheadAttention(E, H, batch_first=True)
-    x = torch.randn(N, S, E, requires_grad=True)
+    module = pyfast.nn.MultiheadAttention(E, H, batch_first=True).to(backend.device)
+    x = torch.randn(N, S, E).to(backend.device).requires_grad_()
     padding = torch.zeros(N, S, dtype=torch.bool)
     padding[1] = True
-    for mask in (padding, torch.zeros(N, S).masked_fill(padding, -torch.inf)):
+    masks = padding, torch.zeros(N, S).masked_fill(padding, -torch.inf)
+    for mask in to_same(module, masks):
         for need_weights in (True, False):
             x.grad = None
             out, weights = module(x, x, x, key_padding_mask=mask, need_weights=need_weights)

@@ -162,7 +162,8 @@ def test_not_finite(backend: Backend) -> None:
         for a, b in zip(good, spoilt, strict=True):
             assert_bits_equal(b[~bad], a[~bad])
             assert b[bad].isnan().any(-1).all()
-        assert torch.equal(spoilt[0].isnan(), torchs(x, weight).isnan().cpu())
+        # torch's own GPU kernel makes all of a row of Inf NaN.
+        assert torch.equal(spoilt[0].isnan(), torchs(x.cpu(), weight.cpu()).isnan())
 
 
 @pytest.mark.backends("cpu", "reference", "cuda")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import Backend
+from device_under_test import CPU, current_device, to_same
 from test_multi_head_attention import assert_same, make_mask, ours, outcome
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -71,11 +72,11 @@ def masks(
 
 
 def results(module: nn.Module, tensors: list[Tensor], **options: Any) -> list[Tensor | None]:
-    leaves = [t.clone().requires_grad_() for t in tensors]
+    leaves = [t.clone().requires_grad_() for t in to_same(module, tensors)]
     module.zero_grad()
-    out = module(*leaves, **options)
+    out = module(*leaves, **to_same(module, options))
     (out * out.detach().cos()).sum().backward()
-    return [out, *(t.grad for t in leaves), *(p.grad for p in module.parameters())]
+    return to_same(CPU, [out, *(t.grad for t in [*leaves, *module.parameters()])])
 
 
 MASKS = (
@@ -88,6 +89,7 @@ MASKS = (
 def check(kind: str, name: str, dtype: torch.dtype) -> None:
     theirs, mine = layers(kind, dtype=dtype, **LAYERS[name])
     assert_same(list(mine.parameters()), list(theirs.parameters()))
+    mine.to(current_device())
     for mask, padding in MASKS:
         for batched in (True, False):
             tensors = inputs(kind, LAYERS[name].get("batch_first", False), batched, dtype)
@@ -96,7 +98,8 @@ def check(kind: str, name: str, dtype: torch.dtype) -> None:
                 expected = results(theirs.train(training), tensors, **options)
                 assert_same(results(mine.train(training), tensors, **options), expected)
             with torch.no_grad():
-                assert_same([mine(*tensors, **options)], expected[:1])
+                tensors, options = to_same(mine, (tensors, options))
+                assert_same([mine(*tensors, **options).cpu()], expected[:1])
 
 
 @ours
@@ -327,8 +330,8 @@ def test_torchs_transformer(batch_first: bool) -> None:
 def test_fully_masked_rows_are_finite(backend: Backend) -> None:
     padding = torch.zeros(N, L, dtype=torch.bool)
     padding[1] = True
-    _, mine = layers("Encoder", batch_first=True)
-    (x,) = inputs("Encoder", True, True, torch.float32)
+    mine = layers("Encoder", batch_first=True)[1].to(backend.device)
+    x, padding = to_same(mine, (*inputs("Encoder", True, True, torch.float32), padding))
     for result in results(mine, [x], src_key_padding_mask=padding):
         assert result.isfinite().all()
     with torch.no_grad():

@@ -18,6 +18,7 @@ from attention_cases import (
     softmax_of,
 )
 from conftest import Backend
+from device_under_test import CPU
 from oracle import assert_bits_equal, drop_scale, keep_mask, nan_memory, normal
 from torch import Tensor
 
@@ -295,7 +296,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "maximum of keys": ({"max_seqlen_k": 0}, "a sequence of cu_seqlens_k has 3 tokens"),
     "device": (
         {"cu_seqlens_k": torch.zeros(4, dtype=torch.int32, device="meta")},
-        "cu_seqlens_k must be .* on cpu, got",
+        "cu_seqlens_k must be .* on (cpu|cuda:0), got",
     ),
     "window": ({"window": (0,)}, "window must be"),
     "softcap": ({"softcap": -1}, "softcap must be"),
@@ -310,5 +311,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_rejects(backend: Backend, name: str) -> None:
     F.varlen_attention(**arguments())
     changed, text = BAD[name]
+    if backend.device != CPU and ("must rise" in text or text.startswith("a sequence of")):
+        pytest.skip("values on a GPU are not read: that would wait for it")
     with pytest.raises(ValueError, match=text):
         F.varlen_attention(**{**arguments(), **changed})
