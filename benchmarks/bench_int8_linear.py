@@ -149,6 +149,8 @@ class PreparedLinear(Prepared):
 
     def _module_call(self, quantize: Callable[[nn.Linear, LinearCase], nn.Module]) -> Call:
         """Quantized modules. Each is called once, and then has what it makes in its first call."""
+        if quantize is _dynamic and self.device.type != "cpu":
+            raise NotImplementedError("dynamic: torch has it on the CPU alone")
         _, k, n = self.case.shape
         linear = nn.Linear(k, n, device=self.device).requires_grad_(False)
         linear.weight.copy_(self._float_weight())

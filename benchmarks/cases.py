@@ -286,12 +286,13 @@ def drop(keep: Tensor, p: float, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure. A sample is a block of calls; a round has one of everything."""
+    """How long to measure: rounds have a block of calls of everything, each as many at once."""
 
     rounds: int
     block_s: float
     with_compile: bool
     min_calls: int = 3
+    calls_at_once: int = 1
 
 
 SLOW_S = 0.2  # calls that take longer are timed one at a time
@@ -315,12 +316,30 @@ def measure(
             first = round_index % len(names)
             for name in names[first:] + names[:first]:
                 seconds = _time_block(calls[name], counts[name], device, counts[name] > 1)
-                samples[name].append(seconds / counts[name])
+                samples[name].append(seconds / counts[name] / effort.calls_at_once)
             after_round()
     finally:
         if was_enabled:
             gc.enable()
-    return {name: (samples[name], counts[name]) for name in names}
+    return {name: (samples[name], counts[name] * effort.calls_at_once) for name in names}
+
+
+GRAPH_CALLS = 16
+
+
+def graphed(call: Call) -> Call:
+    """Replays a CUDA graph of ``GRAPH_CALLS`` calls: kernels, without launching them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_CALLS):
+            call()
+    return graph.replay
 
 
 def _calls_per_block(call: Call, device: torch.device, effort: Effort) -> int:
@@ -361,9 +380,7 @@ def parametrize(metafunc: pytest.Metafunc, cases: Sequence[BaseCase]) -> None:
 
 def run_with_pytest(benchmark: BenchmarkFixture, case: BaseCase, implementation: str) -> None:
     """Time one implementation on the CPU with pytest-benchmark, after the check and a first call.
-
-    ``python -m pyfast bench`` measures in turns, which this cannot, and on GPUs.
-    """
+    ``python -m pyfast bench`` measures in turns, which this cannot, and on GPUs."""
     prepared = case.prepare(torch.device("cpu"))
     if implementation == "pyfast":
         problem = prepared.check()

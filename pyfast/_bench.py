@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,17 @@ from . import _backend, benchmarks
 from ._bench_report import machine, new_table, plot, print_table, print_whole
 from ._info import cpu_name
 from ._version import __version__
-from .benchmarks.cases import FULL, QUICK, BaseCase, Effort, first_line, measure
+from .benchmarks.cases import (
+    FULL,
+    GRAPH_CALLS,
+    QUICK,
+    BaseCase,
+    Call,
+    Effort,
+    first_line,
+    graphed,
+    measure,
+)
 from .benchmarks.rows import Row
 
 if TYPE_CHECKING:
@@ -50,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     text = "fewer rounds, no torch.compile, nothing above 4M elements or 10 GFLOP"
     add("--quick", action="store_true", help=text)
+    text = "time replays of CUDA graphs: kernels, without launching them"
+    add("--graphs", action="store_true", help=text)
     add("--json", type=Path, metavar="FILE", help="write all results and the environment")
     add("--plot", type=Path, metavar="FILE.png", help="draw the speed-ups")
     text = (
@@ -133,6 +145,8 @@ def _select_cases(arguments: argparse.Namespace) -> list[BaseCase]:
         raise UsageError(f"--device must be cpu or cuda, got {arguments.device}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device must be cpu here, got cuda: torch sees no CUDA device")
+    if arguments.graphs and arguments.device != "cuda":
+        raise UsageError("--graphs needs --device cuda")
     if arguments.threads is not None and arguments.threads < 1:
         raise UsageError(f"--threads must be at least 1, got {arguments.threads}")
     chosen = [
@@ -169,6 +183,8 @@ def _measure_all(cases: list[BaseCase], arguments: argparse.Namespace) -> list[R
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     effort = QUICK if arguments.quick else FULL
+    if arguments.graphs:
+        effort = replace(effort, calls_at_once=GRAPH_CALLS, min_calls=1)
     device = torch.device(arguments.device)
     rows: list[Row] = []
     columns = BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
@@ -194,7 +210,8 @@ def _run_case(
     """Check and time every implementation. What fails has a problem in place of figures."""
     prepared = case.prepare(device)
     rows: dict[str, Row] = {}
-    calls = {"copy": prepared.copy_call()}
+    as_timed = graphed if effort.calls_at_once > 1 else _unchanged
+    calls = {"copy": as_timed(prepared.copy_call())}
     for name in case.implementations:
         if name == "torch.compile" and not effort.with_compile:
             continue
@@ -208,7 +225,7 @@ def _run_case(
                     row.peak_bytes = _peak_memory(call, device)
                 else:
                     call()
-                calls[name] = call
+                calls[name] = as_timed(call)
         except Exception as error:
             row.problem = first_line(error)
         row.failed = bool(row.problem) and name not in case.optional
@@ -221,6 +238,10 @@ def _run_case(
         others_s = {name: seconds for name, (seconds, _) in samples.items()}
         rows["pyfast"].add_ratios(others_s["pyfast"], others_s)
     return list(rows.values())
+
+
+def _unchanged(call: Call) -> Call:
+    return call
 
 
 def _peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
@@ -283,7 +304,7 @@ def _command(arguments: argparse.Namespace) -> str:
         value = getattr(arguments, option)
         for word in value if isinstance(value, list) else [value]:
             words += [f"--{option}", str(word)] if word is not None else []
-    return shlex.join(words + ["--quick"] * arguments.quick)
+    return shlex.join(words + ["--quick"] * arguments.quick + ["--graphs"] * arguments.graphs)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
