@@ -1,4 +1,5 @@
-"""``norm(residual + dropout(x)) * weight + bias`` in one pass against torch, in training."""
+"""``norm(residual + dropout(x)) * weight + bias`` in one pass against torch, in training; and
+``rms_norm``, which the same kernel serves."""
 
 from __future__ import annotations
 
@@ -65,6 +66,25 @@ NORMS = {
 }
 
 
+def _alone_inputs(shape: tuple[int, ...]) -> dict[str, Tensor]:
+    return {"x": normal(shape, 0), "weight": 1 + 0.1 * normal(shape[-1:], 1)}
+
+
+def _alone_torch(x: Tensor, weight: Tensor, p: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, EPS)
+
+
+def _alone_pyfast(x: Tensor, weight: Tensor, p: float, seed: int | None = None) -> Tensor:
+    return pyfast_F.rms_norm(x, tuple(x.shape[-1:]), weight, EPS)
+
+
+def _alone_formula(keep: Tensor, p: float, x: Tensor, weight: Tensor) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight
+
+
+ALONE = Computation(_alone_inputs, _alone_torch, _alone_pyfast, _alone_formula)
+
+
 def _case(norm: str, shape: tuple[int, ...], dtype: torch.dtype, backward: bool) -> Case:
     """Forward reads x and residual and writes z, their sum, and y; backward reads grad_y and z and
     writes grad_x and grad_residual."""
@@ -87,6 +107,22 @@ CASES = [
     for shape in SHAPES
     for dtype in DTYPES
     for backward in (False, True)
+]
+# One token of a decoder, a prompt, and a batch in training.
+CASES += [
+    Case(
+        op="dropout_add_norm",
+        name=f"rms_norm alone {'forward+backward' if backward else 'forward'}",
+        shape=shape,
+        dtype=dtype,
+        computation=ALONE,
+        num_passes=5 if backward else 2,
+        backward=backward,
+    )
+    for shape in ((1, 4096), (64, 2048), (4096, 768))
+    for dtype in DTYPES
+    for backward in (False, True)
+    if not backward or shape[0] > 1
 ]
 
 
