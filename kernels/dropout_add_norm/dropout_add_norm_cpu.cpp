@@ -60,11 +60,13 @@ inline C sum_of_slots(const C* slots, int64_t num_slots) {
   }
 }
 
-// The zeroed workspace of a thread.
+// The workspace of a thread, zeroed where a row does not fill its slots.
 template <typename C>
 inline C* workspace_of(void* all, int64_t thread, int64_t num_columns) {
   char* mine = static_cast<char*>(all) + thread * workspace_bytes(num_columns);
-  memset(mine, 0, static_cast<size_t>(sums_bytes(num_columns)));
+  if (num_columns < 256 * row_warps(num_columns)) {
+    memset(mine, 0, static_cast<size_t>(sums_bytes(num_columns)));
+  }
   return reinterpret_cast<C*>(mine);
 }
 

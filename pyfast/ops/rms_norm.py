@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from .. import _backend
 from .._backend import KERNEL_DTYPES
-from ._native import compute_dtype, contiguous, empty_like, get_num_threads, native
+from ._native import compute_dtype, empty_like, get_num_threads, native
 from ._op import _PLAIN_TYPES, is_eager
 from .dropout_add_norm import norm_op, norm_rule
 
@@ -42,7 +42,7 @@ def rms_norm_rows(input: Tensor, weight: Tensor | None, eps: float | None) -> Te
         input.requires_grad or (weight is not None and weight.requires_grad)
     )
     dtype = compute_dtype(input)
-    if weight is not None:
+    if weight is not None and (weight.dtype is not dtype or weight.is_neg()):
         weight = weight.to(dtype).resolve_neg()
     rule = norm_rule(input, 0, eps, rms=True)
     if (
@@ -55,7 +55,9 @@ def rms_norm_rows(input: Tensor, weight: Tensor | None, eps: float | None) -> Te
     ):
         return norm_op.eager(input, None, weight, None, 0, *rule, needs_grad)[0]  # type: ignore[no-any-return]
     # What the op would do, at half of its cost, which is what a few rows are bound by.
-    x, weight = contiguous(input, weight)
+    x = input if input.is_contiguous() else input.contiguous()
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
     y = empty_like(x)
     num_columns = x.shape[-1]
     rstd = x.new_empty(x.numel() // max(num_columns, 1), dtype=dtype)
