@@ -1,8 +1,9 @@
 # make demo   train a small GPT on real text, stock and patched, side by side
-# make test   all tests, on every backend that this machine can run
+# make test   all tests, on every backend that this machine can run; JOBS=2: in two processes
 # make bench  measure the ops against torch
 # Each works by itself on a fresh clone: Python, make and a C++ compiler are enough.
 PYTHON ?= python3
+JOBS ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') \
@@ -14,8 +15,9 @@ demo: $(VENV)/built
 	$(BIN)/python -m pyfast demo $(ARGS)
 
 test: $(VENV)/built
-	$(BIN)/python -m pytest $(ARGS)
-	$(BIN)/python -m pytest --emulate-cuda $(ARGS)
+	for kind in "" --emulate-cuda; do \
+	    seq 0 $$(($(JOBS) - 1)) | $(if $(filter-out 1,$(JOBS)),OMP_NUM_THREADS=1) xargs -P $(JOBS) -I{} \
+	    $(BIN)/python -m pytest --part {}/$(JOBS) $$kind $(ARGS) || exit 1; done
 
 bench: $(VENV)/built
 	$(BIN)/python -m pyfast bench $(ARGS)
