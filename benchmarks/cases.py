@@ -315,7 +315,7 @@ def measure(
         for round_index in range(effort.rounds):
             first = round_index % len(names)
             for name in names[first:] + names[:first]:
-                seconds = _time_block(calls[name], counts[name], device, counts[name] > 1)
+                seconds = time_block(calls[name], counts[name], device, counts[name] > 1)
                 samples[name].append(seconds / counts[name] / effort.calls_at_once)
             after_round()
     finally:
@@ -344,13 +344,13 @@ def graphed(call: Call) -> Call:
 
 def _calls_per_block(call: Call, device: torch.device, effort: Effort) -> int:
     num_calls = 1
-    while (seconds := _time_block(call, num_calls, device, True)) < effort.block_s / 4:
+    while (seconds := time_block(call, num_calls, device, True)) < effort.block_s / 4:
         num_calls *= 2
     min_calls = 1 if seconds > SLOW_S else effort.min_calls
     return max(min_calls, round(num_calls * effort.block_s / seconds))
 
 
-def _time_block(call: Call, num_calls: int, device: torch.device, warms_up: bool) -> float:
+def time_block(call: Call, num_calls: int, device: torch.device, warms_up: bool) -> float:
     """Seconds of ``num_calls`` calls, after an untimed one that brings the caches back; slow calls
     need none."""
     if warms_up:

@@ -12,7 +12,6 @@ import argparse
 import functools
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pyfast
+
+from .cases import time_block
 
 ours = pyfast.nn.functional.scaled_dot_product_attention
 BASELINES = {
@@ -177,18 +178,7 @@ def check(case: Case, device: str, name: str) -> None:
 
 
 def time_us(call: Callable[[], Any], device: str, num_calls: int) -> float:
-    if device == "cpu":
-        start = time.perf_counter()
-        for _ in range(num_calls):
-            call()
-        return 1e6 * (time.perf_counter() - start) / num_calls
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    for _ in range(num_calls):
-        call()
-    last.record()
-    last.synchronize()
-    return 1e3 * float(first.elapsed_time(last)) / num_calls
+    return 1e6 * time_block(call, num_calls, torch.device(device), False) / num_calls
 
 
 def measure(case: Case, device: str, rounds: int, dry: bool) -> Result:

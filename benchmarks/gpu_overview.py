@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import pyfast
 import pyfast.nn.functional as F
 
-from .cases import GRAPH_CALLS, graphed
+from .cases import GRAPH_CALLS, graphed, time_block
 
 Call = Callable[[], Any]
 HALF = torch.bfloat16
@@ -58,13 +58,7 @@ class Overview:
         if self.is_dry:
             call()
             return 0.0
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        for _ in range(num_calls):
-            call()
-        last.record()
-        last.synchronize()
-        return 1e3 * float(first.elapsed_time(last)) / num_calls
+        return 1e6 * time_block(call, num_calls, torch.device(self.device), False) / num_calls
 
     def median_us(self, call: Call, calls_at_once: int = 1) -> float:
         for _ in range(3):

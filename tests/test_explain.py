@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -112,6 +113,28 @@ def test_triton_launches_where_its_tensors_are(
         expected = pyfast.nn.functional.dropout(x.detach().cpu(), 0.5, seed=3)
     assert torch.equal(out.detach().cpu(), expected)
     assert [t.device for t in seen] == [x.device, x.device]
+
+
+def test_attention_that_torch_serves_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("pyfast.ops.scaled_dot_product_attention")
+    monkeypatch.setattr(module.attention_op, "backend_of", lambda tensor: "triton")
+    why = module._why_torch
+
+    def query(size: int = 64, dtype: torch.dtype = torch.bfloat16, length: int = 8) -> torch.Tensor:
+        return torch.empty(1, 2, length, size, dtype=dtype, device="meta")
+
+    q, mask = query(), torch.empty(8, 8, dtype=torch.bool, device="meta")
+    assert all(why(q, q, q, None, p, causal) for p in (0.0, 0.1) for causal in (False, True))
+    for other in (query(60), query(264), query(dtype=torch.float32)):
+        assert not why(other, other, other, None, 0.0, False)
+    assert not why(q, q, q, mask, 0.0, False) and not why(q, q, q, None, 1.0, False)
+    assert not why(q, query(length=9), query(length=9), None, 0.0, True)
+    with pyfast.use_backend("reference"):
+        assert not why(q, q, q, None, 0.0, False)
+    shard = query()
+    shard.device_mesh = None  # as a DTensor has it: its mask must be that of the whole
+    assert why(shard, shard, shard, None, 0.0, False)
+    assert not why(shard, shard, shard, None, 0.1, False)
 
 
 @pytest.mark.parametrize("size", [64, 1 << 20])

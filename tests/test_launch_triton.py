@@ -122,6 +122,19 @@ def test_kinds_of_seeds_follow_their_types() -> None:
     assert all(len(kind) == 1 for kind in kinds) and len(set.union(*kinds)) == 3
 
 
+def test_every_argument_of_attention_is_in_its_key() -> None:
+    attention = pytest.importorskip("pyfast.kernels.attention.attention_triton")
+    q, other, rule = torch.zeros(1, 1, 4, 16), torch.zeros(1, 1, 4, 32), (0, 0.5, 0.0, -1, 0, False)
+    changed = (6554, 0.25, 20.0, 7, -1, True)
+    rules = [rule, *((*rule[:i], x, *rule[i + 1 :]) for i, x in enumerate(changed))]
+    keys = [attention.plan_key((q, None), 1, one) for one in rules]
+    keys += [attention.plan_key(t, 1, rule) for t in ((q, q), (other, None), (q.half(), None))]
+    places = ([1 << 40], [1 << 40, 3], [1 << 40, 3, 8])
+    keys += [attention.plan_key((q, None), torch.tensor(place), rule) for place in places]
+    assert len(set(keys)) == len(keys)
+    assert attention.plan_key((q, None), 2, rule) == keys[0]
+
+
 def check_planned(**environment: str) -> None:
     script = Path(__file__).with_name("planned_launches.py").read_text()
     done = run_python(script, 300, TRITON_INTERPRET="0", **environment)
