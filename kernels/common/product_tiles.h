@@ -51,30 +51,33 @@ inline void pack_strip(LeftOperand a, int64_t row, int64_t num_rows, int64_t fir
 }
 
 // c = a * b, or is added to it: 32 rows, one or two vectors of columns, whole steps of units.
-template <bool kTwoColumns>
+template <int kColumns>
 inline void multiply_tiles(LeftOperand a, RightOperand b, Product c, int64_t num_units) {
-  if (c.accumulate) {
-    load_tiles<kTwoColumns>(c.data, c.stride);
-  } else {
-    zero_tiles();
+  for (int64_t row = 0; row < kTallRows; row += kLanes) {
+    const uint32_t* const left = a.data + row * a.stride;
+    float* const sums = c.data + row * c.stride;
+    if (c.accumulate) {
+      load_tiles<1, kColumns>(sums, c.stride);
+    } else {
+      zero_tiles<1, kColumns>();
+    }
+    for (int64_t u = 0; u < num_units; u += kStepUnits) {
+      tile_step<PairUnit, 1, kColumns>(reinterpret_cast<const char*>(left + u), a.stride * 4,
+                                       b.data + u * b.stride, b.stride * 4, kLanes);
+    }
+    store_tiles<1, kColumns>(sums, c.stride);
   }
-  for (int64_t u = 0; u < num_units; u += kStepUnits) {
-    tile_step<PairUnit, kTwoColumns>(reinterpret_cast<const char*>(a.data + u), a.stride * 4,
-                                     b.data + u * b.stride, b.stride * 4);
-  }
-  store_tiles<kTwoColumns>(c.data, c.stride);
 }
 
 // The same with fewer rows of c, and with units behind the last whole step, for which `a` is zero.
-template <bool kTwoColumns>
+template <int kColumns>
 inline void multiply_panel(LeftOperand a, RightOperand b, Product c, int64_t num_rows,
                            int64_t num_units) {
   alignas(64) float sums[kTallRows * kPanelColumns];
   alignas(64) uint32_t last[kStepUnits * kPanelColumns];
-  constexpr int kVectors = kTwoColumns ? 2 : 1;
   auto copy_rows = [&](const float* from, int64_t from_stride, float* to, int64_t to_stride) {
     for (int64_t r = 0; r < num_rows; ++r) {
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kColumns; ++v) {
         Lanes::load(from + r * from_stride + v * kLanes).store(to + r * to_stride + v * kLanes);
       }
     }
@@ -85,18 +88,18 @@ inline void multiply_panel(LeftOperand a, RightOperand b, Product c, int64_t num
     if (c.accumulate) copy_rows(c.data, c.stride, sums, kPanelColumns);
   }
   const int64_t whole = num_units / kStepUnits * kStepUnits;
-  if (whole > 0) multiply_tiles<kTwoColumns>(a, b, out, whole);
+  if (whole > 0) multiply_tiles<kColumns>(a, b, out, whole);
   if (whole < num_units) {
     const Lanes zero = Lanes::broadcast(0.0f);
     for (int64_t i = 0; i < kStepUnits; ++i) {
       const float* const from = reinterpret_cast<const float*>(b.data + (whole + i) * b.stride);
       float* const to = reinterpret_cast<float*>(last + i * kPanelColumns);
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kColumns; ++v) {
         (whole + i < num_units ? Lanes::load(from + v * kLanes) : zero).store(to + v * kLanes);
       }
     }
-    multiply_tiles<kTwoColumns>({a.data + whole, a.stride}, {last, kPanelColumns},
-                                {out.data, out.stride, out.accumulate || whole > 0}, kStepUnits);
+    multiply_tiles<kColumns>({a.data + whole, a.stride}, {last, kPanelColumns},
+                             {out.data, out.stride, out.accumulate || whole > 0}, kStepUnits);
   }
   if (num_rows < kTallRows) copy_rows(sums, kPanelColumns, c.data, c.stride);
 }
@@ -122,9 +125,9 @@ inline void multiply_in_tiles(LeftOperand a, RightOperand b, Product c, int64_t 
       const RightOperand right = {b.data + e.first_unit * b.stride + v * kLanes, b.stride};
       const Product out = {c.data + row * c.stride + v * kLanes, c.stride, c.accumulate};
       if (v + 1 < e.end_vector) {
-        multiply_panel<true>(left, right, out, rows, units);
+        multiply_panel<2>(left, right, out, rows, units);
       } else {
-        multiply_panel<false>(left, right, out, rows, units);
+        multiply_panel<1>(left, right, out, rows, units);
       }
     }
   }

@@ -14,6 +14,7 @@ namespace {
 template <typename Unit>
 constexpr int64_t kPassRows = 512 / Unit::kDigits;
 constexpr int64_t kMinWorkPerThread = 1 << 18;  // multiplications; fewer are not worth a thread
+constexpr int64_t kPartUnits = 256;             // of a panel's rows: 32 KB
 constexpr int64_t kPadUnits = 16;               // rows of a multiple of 4 KB would share their sets
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -113,7 +114,7 @@ struct Pass {
   int64_t first_row;
   int64_t rows;
   int64_t num_units;  // of a row, in whole vectors
-  uint32_t* panels;   // [panel][unit][kPanel]
+  uint32_t* panels;   // [panel][unit][kPanel], or in tiles [panel][unit / 16][vector][16][kLanes]
   float* scales;      // [row]
   char* scratch;      // of each thread
   int64_t scratch_bytes;
@@ -127,6 +128,9 @@ struct Pass {
   // What is packed at a time: a vector, or, where a row's digits may lie in two, a panel.
   static constexpr int64_t kGroupVectors = kDigits == 1 ? 1 : kPanel / kLanes;
   static constexpr int64_t kGroupRows = kGroupVectors * kLanes / kDigits;
+  // In units: from one vector of a panel to the next, from one unit of a vector to the next.
+  static constexpr int64_t kVectorOffset = kUsesTiles ? kTileUnits : kLanes;
+  static constexpr int64_t kRowStride = kUsesTiles ? kLanes : kPanel;
 
   int64_t num_panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
   int64_t num_groups() const { return (rows + kGroupRows - 1) / kGroupRows; }
@@ -156,11 +160,12 @@ struct Pass {
     const int64_t used = count * kDigits * num_units;
     memset(units + used, 0, static_cast<size_t>(vectors * kLanes * num_units - used) * 4);
     constexpr int64_t kGroups = kPanel / kLanes / kGroupVectors;  // of a panel
-    uint32_t* panel = panels + group / kGroups * num_units * kPanel + group % kGroups * kLanes;
-    for (int64_t vector = 0; vector < vectors; ++vector) {
-      const uint32_t* from = units + vector * kLanes * num_units;
+    uint32_t* panel = panels + group / kGroups * num_units * kPanel;
+    for (int64_t i = 0; i < vectors; ++i) {
+      const uint32_t* from = units + i * kLanes * num_units;
+      uint32_t* to = panel + (group % kGroups + i) * kVectorOffset;
       for (int64_t u = 0; u < num_units; u += kLanes) {
-        transpose_block(from + u, num_units, panel + u * kPanel + vector * kLanes, kPanel);
+        transpose_block(from + u, num_units, to + u * kPanel, kRowStride);
       }
     }
   }
@@ -205,19 +210,30 @@ struct Pass {
   }
 
 #if defined(__AMX_INT8__)
-  // Sums of a block with two vectors of a panel, or one.
-  template <bool kTwoColumns>
+  // Sums of a block with a panel of so many vectors.
+  template <int kVectors>
   void multiply_panel_of_tiles(LeftOperand left, const int8_t* weights, int64_t count,
-                               const uint32_t* x, float* sums, Ahead* ahead) const {
-    for (int64_t row = 0; row < count; row += 32) {
-      float* to = sums + row * kPanel;
-      if (!converts_late()) {
-        const char* from = reinterpret_cast<const char*>(left.data + row * left.stride);
-        multiply_tiles<Unit, kTwoColumns>(from, left.stride * 4, x, to, num_units, ahead);
-      } else if constexpr (kConverts) {
-        const int64_t left_rows = count - row < 32 ? count - row : 32;
-        multiply_converted<Unit, kTwoColumns>(weights + row * p.k, p.k, left_rows, x, to,
-                                              num_units);
+                               const uint32_t* x, float* sums, bool from_memory,
+                               Ahead* ahead) const {
+    constexpr int kRows = kVectors == 1 ? 2 : 1;
+    if (!converts_late()) {
+      // What memory streams is read in whole rows, other panels in parts that stay in L1. Once at
+      // least: without units, sums are zero.
+      const int64_t part = from_memory ? num_units : kPartUnits;
+      int64_t begin = 0;
+      do {
+        const int64_t end = begin + part < num_units ? begin + part : num_units;
+        for (int64_t row = 0; row < count; row += kRows * 16) {
+          const char* from = reinterpret_cast<const char*>(left.data + row * left.stride);
+          multiply_tiles<Unit, kRows, kVectors>(from, left.stride * 4, x, sums + row * kPanel,
+                                                begin, end, from_memory, ahead);
+        }
+        begin += part;
+      } while (begin < num_units);
+    } else if constexpr (kConverts) {
+      for (int64_t row = 0; row < count; row += 16) {
+        multiply_converted<Unit, kVectors>(weights + row * p.k, p.k, count - row, x,
+                                           sums + row * kPanel, num_units);
       }
     }
   }
@@ -245,16 +261,15 @@ struct Pass {
       const int64_t vectors = vectors_of(panel);
 #if defined(__AMX_INT8__)
       if constexpr (kUsesTiles) {
-        const int64_t steps = round_up(count, 32) / 32 * (num_units / 16) * ((vectors + 1) / 2) + 1;
+        const int64_t steps = round_up(count, 16) / 16 * (num_units / 16) + 1;
         Ahead ahead(x + panel_units, panel + 1 < end_panel ? panel_units * 4 : 0, steps);
-        for (int64_t vector = 0; vector < vectors; vector += 2) {
-          const uint32_t* columns = x + vector * kLanes;
-          float* to = sums + vector * kLanes;
-          if (vector + 1 < vectors) {
-            multiply_panel_of_tiles<true>(left, weights, count, columns, to, &ahead);
-          } else {
-            multiply_panel_of_tiles<false>(left, weights, count, columns, to, &ahead);
-          }
+        const bool from_memory = panel == first_panel && is_direct(count);
+        if (vectors == 1) {
+          multiply_panel_of_tiles<1>(left, weights, count, x, sums, from_memory, &ahead);
+        } else if (vectors == 2) {
+          multiply_panel_of_tiles<2>(left, weights, count, x, sums, from_memory, &ahead);
+        } else if constexpr (kPanelVectors<Unit> == 3) {
+          multiply_panel_of_tiles<3>(left, weights, count, x, sums, from_memory, &ahead);
         }
       } else {
         multiply_block<Unit>(left, x, sums, count, vectors, num_units);

@@ -23,12 +23,12 @@ constexpr int kBlockRows = 48;
 constexpr int kBlockRows = 24;
 #endif
 #endif
-// Rows of units in a panel: of x, or of its digits. Tiles of AMX from a panel of 64, rows of 256
-// bytes, take 2.5 times as long. Three digits of 16 rows are 48.
+// Rows of units in a panel: of x, or of its digits. Three digits of 16 rows are 48.
 template <typename Unit>
 constexpr int kPanelVectors = kUsesTiles<Unit> ? (Unit::kDigits == 3 ? 3 : 2) : kTileVectors;
 template <typename Unit>
 constexpr int64_t kPanel = kPanelVectors<Unit> * kLanes;
+constexpr int64_t kTileUnits = 256;  // a tile of AMX; panels are made of whole ones
 // Units of a row are a multiple of it.
 template <typename Unit>
 constexpr int64_t kUnitStep = Unit::kElements == 2 && !Unit::kIsInteger ? 32 : kLanes;

@@ -117,25 +117,26 @@ void copy_step(const BFloat16* weights, int64_t k, int64_t rows, int64_t element
   }
 }
 
-// sums[row][column] of up to 32 rows of weights.
-template <bool kTwoColumns>
+// sums[row][column] of up to kRows * 16 rows of weights.
+template <int kRows, int kTiles>
 void multiply_block(const BFloat16* weights, int64_t k, int64_t rows, const uint32_t* panel,
                     float* sums) {
   alignas(64) BFloat16 copy[kBlockRows * kStep];
-  zero_tiles();
+  zero_tiles<kRows, kTiles>();
   int64_t j = 0;
-  if (rows == kBlockRows) {
+  if (rows >= kRows * kLanes) {
     for (; j + kStep <= k; j += kStep) {
-      tile_step<PairUnit, kTwoColumns>(reinterpret_cast<const char*>(weights + j), k * 2,
-                                       panel + j / 2 * kColumns, kColumns * 4);
+      tile_step<PairUnit, kRows, kTiles>(reinterpret_cast<const char*>(weights + j), k * 2,
+                                         panel + j / 2 * kColumns, kColumns * 4, kLanes);
     }
   }
   for (; j < k; j += kStep) {
-    copy_step(weights + j, k, rows, k - j < kStep ? k - j : kStep, copy);
-    tile_step<PairUnit, kTwoColumns>(reinterpret_cast<const char*>(copy), kStep * 2,
-                                     panel + j / 2 * kColumns, kColumns * 4);
+    const int64_t used = rows < kRows * kLanes ? rows : kRows * kLanes;
+    copy_step(weights + j, k, used, k - j < kStep ? k - j : kStep, copy);
+    tile_step<PairUnit, kRows, kTiles>(reinterpret_cast<const char*>(copy), kStep * 2,
+                                       panel + j / 2 * kColumns, kColumns * 4, kLanes);
   }
-  store_tiles<kTwoColumns>(sums, kColumns);
+  store_tiles<kRows, kTiles>(sums, kColumns);
 }
 
 void multiply_in_tiles(const LinearParams& p, int64_t num_threads) {
@@ -151,10 +152,12 @@ void multiply_in_tiles(const LinearParams& p, int64_t num_threads) {
       const int64_t first = block * kBlockRows;
       const int64_t count = p.n - first < kBlockRows ? p.n - first : kBlockRows;
       const auto* weights = static_cast<const BFloat16*>(p.weight) + first * p.k;
-      if (p.m > kLanes) {
-        multiply_block<true>(weights, p.k, count, panel, sums);
+      if (p.m <= kLanes) {
+        multiply_block<2, 1>(weights, p.k, count, panel, sums);
       } else {
-        multiply_block<false>(weights, p.k, count, panel, sums);
+        for (int64_t row = 0; row < count; row += kLanes) {
+          multiply_block<1, 2>(weights + row * p.k, p.k, count - row, panel, sums + row * kColumns);
+        }
       }
       for (int64_t row = 0; row < kBlockRows; row += kLanes) {
         for (int64_t column = 0; column < p.m; column += kLanes) {
