@@ -86,6 +86,18 @@ def test_hard_rows(backend: Backend, dtype: torch.dtype) -> None:
     check_hard_rows(F.quantize_int8, backend.device, dtype, 20 if backend.is_slow else 67)
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_every_quotient(backend: Backend, dtype: torch.dtype) -> None:
+    """Every significand of a row's largest value under every one of the others, down to 0.49."""
+    steps = round(1 / torch.finfo(dtype).eps)
+    significands = 1 + torch.arange(steps, dtype=torch.float64) / steps
+    binades = 0.5 ** torch.arange(9, dtype=torch.float64)
+    values = (significands[:, None] * binades).flatten()
+    largest = significands[:: 1 if backend.name == "cpu" else steps // 8]
+    x = torch.minimum(values, largest[:, None]).to(dtype)
+    check_quantize(F.quantize_int8, x.to(backend.device))
+
+
 @each_dtype
 def test_extreme_values(backend: Backend, dtype: torch.dtype) -> None:
     """Zeros, the largest differences, subnormal scales and those that vanish, beyond float32."""

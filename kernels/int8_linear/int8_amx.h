@@ -1,9 +1,6 @@
-// Products in tiles of AMX. Measured on Sapphire Rapids, nanoseconds a step: 25 for the
-// products alone, 39 with operands from L2, 45 with weights in rows of 4 KB, 100 with a panel whose
-// rows are 256 bytes apart. (A neighbour on the core's other thread makes a step with four products
-// take 160, one with two 50: what counts then is the number of products.) Weight-only, x becomes
-// digits of int8 (int8_digits.h); for more than a few rows of bfloat16 weights turn into bfloat16
-// instead: for one panel just before they are used, else once a block.
+// Products in tiles of AMX (../common/tiles.h). Weight-only, x becomes digits of int8
+// (int8_digits.h); for more than 16 rows of bfloat16 weights turn into bfloat16 instead: for one
+// panel just before they are used, else once a block.
 #pragma once
 
 #include "../common/tiles.h"
