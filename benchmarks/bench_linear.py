@@ -84,7 +84,7 @@ CASES = [
     _case((m, k, n), dtype, floors={"torch": 0.97})
     for k, n in ((1024, 1024), (4096, 4096), (1024, 32000))
     for dtype in (torch.bfloat16, torch.float32, torch.float16)
-    for m in (1, 2, 4, 8, 16, 32, 64)
+    for m in (1, 2, 4, 8, 16, 32, 64, 128)
 ]
 
 

@@ -25,7 +25,7 @@ void linear(const Tensor& x, const Tensor& weight, py::object bias, const Tensor
   params.k = weight.size(1);
   params.m = 1;
   for (int d = 0; d + 1 < x.ndim(); ++d) params.m *= x.size(d);
-  require(params.m <= kMostLinearRows, "x", "of up to 32 rows", x);
+  require(params.m <= kMostLinearRows, "x", "of up to 128 rows", x);
   const auto check = [&](const char* argument, const Tensor& tensor, int64_t size) {
     require(tensor.is_cpu() && tensor.is_contiguous() && tensor.num_elements() == size &&
                 tensor.dtype("linear") == params.dtype,

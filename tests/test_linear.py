@@ -24,6 +24,7 @@ SHAPES = (
     *((1, 1, 1), (1, 64, 48), (1, 257, 130), (2, 3, 17), (3, 63, 16), (4, 130, 33), (5, 65, 31)),
     *((6, 31, 47), (7, 128, 64), (8, 100, 65), (9, 127, 15), (12, 4, 96), (16, 32, 32)),
     *((17, 33, 63), (31, 5, 32), (32, 129, 80), (32, 1000, 97), (1, 5000, 3)),
+    *((33, 64, 48), (48, 95, 31), (64, 33, 130), (81, 32, 33), (127, 70, 16), (128, 257, 65)),
 )
 
 
@@ -158,14 +159,15 @@ def test_the_choice() -> None:
     weight = normal(9, 20)
     expected = {torch.float32: {3: "cpu", 8: "cpu", 2: "torch", 1: "torch"}}
     for dtype in (torch.bfloat16, torch.float16):
-        expected[dtype] = {1: "cpu", 8: "cpu", 33: "torch", 0: "torch"}
+        expected[dtype] = {1: "cpu", 8: "cpu", 129: "torch", 0: "torch"}
     expected[torch.float64] = {4: "torch"}
     for dtype, rows in expected.items():
         for m, backend in rows.items():
             assert served_by(normal(m, 20).to(dtype), weight.to(dtype)) == backend
     with pyfast.use_backend("cpu"):
         assert served_by(normal(1, 20), weight) == "cpu"
-        assert served_by(normal(40, 20), weight) == "torch"
+        assert served_by(normal(128, 20), weight) == "cpu"
+        assert served_by(normal(129, 20), weight) == "torch"
     with pyfast.use_backend("reference"):
         assert served_by(normal(4, 20), weight) == "torch"
 
@@ -226,7 +228,7 @@ def test_native_refuses() -> None:
         (x, weight.t(), bias, y),
         (x, weight, bias[:-1], y),
         (x, weight, bias, y[:, :-1]),
-        (normal(33, 20), weight, bias, normal(33, 9)),
+        (normal(129, 20), weight, bias, normal(129, 9)),
     ):
         with pytest.raises(ValueError, match="linear"):
             native.linear(*bad, 2)

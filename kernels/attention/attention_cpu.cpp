@@ -3,8 +3,8 @@
 // values, whose row is scaled down when the maximum rises. Bound by arithmetic: 4 * E flops a
 // visible score. Measured on Zen 4: the products run at 85 to 95 % of the multiply-add ceiling, the
 // exponentials take a tenth. With tiles of AMX (product_tiles.h) on Sapphire Rapids, 3 to 4 times
-// as fast as with vdpbf16ps, half of the time are products, at a quarter of the ceiling: scores, 147 KB, go
-// to L2 and back. Smaller blocks (64 queries, 128 or 64 keys) were 3 to 30 % slower.
+// as fast as with vdpbf16ps, half of the time are products, at a quarter of the ceiling: scores,
+// 147 KB, go to L2 and back. Smaller blocks (64 queries, 128 or 64 keys) were 3 to 30 % slower.
 #include "../common/parallel.h"
 #include "../common/workspace.h"
 #include "attention.h"

@@ -170,8 +170,6 @@ inline void order_pairs(uint32_t* units, int64_t num_units) {
 inline void order_pairs(uint32_t*, int64_t) {}
 #endif
 
-constexpr int64_t kBytesAhead = 8192;  // two pages: within one the hardware reads ahead itself
-
 // A row of k weights as num_units units, zeros beyond.
 template <typename Unit>
 inline void convert_weights(const int8_t* row, int64_t k, uint32_t* units, int64_t num_units) {
@@ -186,7 +184,6 @@ inline void convert_weights(const int8_t* row, int64_t k, uint32_t* units, int64
     auto* pairs = reinterpret_cast<BFloat16*>(units);
 #if defined(__AVX512VBMI__)
     for (int64_t j = 0; j < num_units * 2; j += 64) {
-      __builtin_prefetch(row + j + kBytesAhead, 0, 2);
       const int64_t left = k - j;
       const uint64_t used = left >= 64 ? ~uint64_t{0} : left > 0 ? (uint64_t{1} << left) - 1 : 0;
       const WeightPairs both = weight_pairs(_mm512_maskz_loadu_epi8(used, row + j));

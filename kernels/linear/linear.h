@@ -21,7 +21,7 @@ struct LinearParams {
   int64_t k;
 };
 
-constexpr int64_t kMostLinearRows = 32;
+constexpr int64_t kMostLinearRows = 128;
 
 PYFAST_CPU_PRODUCT_KERNEL(linear_cpu, LinearParams);
 

@@ -1,7 +1,8 @@
 // Blocks of 32 rows of weights, by threads. bfloat16 in tiles of AMX where there are any, with x
-// packed once into a panel of up to 32 columns: a step of 2 KB of weights takes two products and
-// 25 ns, less than memory needs for them. Else sums in float32 along the rows of the weights
-// (../common/row_dots.h), four rows of x at a time.
+// packed once into panels of 32 columns: a step of 2 KB of weights takes two products and 25 ns,
+// less than memory needs for them. Further panels find the weights in L2; up to 128 rows of x stay
+// there too. Else sums in float32 along the rows of the weights (../common/row_dots.h), four rows
+// of x at a time.
 #include "../common/parallel.h"
 #include "../common/product.h"
 #include "../common/row_dots.h"
@@ -90,22 +91,22 @@ void multiply_along_rows(const LinearParams& p, int64_t num_threads) {
 #if defined(__AMX_BF16__)
 
 constexpr int64_t kStep = 32;     // elements of a row
-constexpr int64_t kColumns = 32;  // of the panel: rows of x
+constexpr int64_t kColumns = 32;  // of a panel: rows of x
 
-// Rows of x as a panel: [pair of elements][row], zeros beyond.
-void pack(const LinearParams& p, uint32_t* rows, uint32_t* panel, int64_t num_units) {
+// Rows [first, first + 16) of x into their panel: [panel][pair of elements][row], zeros beyond.
+void pack(const LinearParams& p, int64_t first, uint32_t* rows, uint32_t* panels,
+          int64_t num_units) {
   const auto* x = static_cast<const char*>(p.x);
   const int64_t row_bytes = p.k * 2;
-  for (int64_t first = 0; first < p.m; first += kLanes) {
-    for (int64_t i = 0; i < kLanes; ++i) {
-      char* row = reinterpret_cast<char*>(rows + i * num_units);
-      const int64_t used = first + i < p.m ? row_bytes : 0;
-      memcpy(row, x + (first + i) * row_bytes, static_cast<size_t>(used));
-      memset(row + used, 0, static_cast<size_t>(num_units * 4 - used));
-    }
-    for (int64_t u = 0; u < num_units; u += kLanes) {
-      transpose_block(rows + u, num_units, panel + u * kColumns + first, kColumns);
-    }
+  for (int64_t i = 0; i < kLanes; ++i) {
+    char* row = reinterpret_cast<char*>(rows + i * num_units);
+    const int64_t used = first + i < p.m ? row_bytes : 0;
+    memcpy(row, x + (first + i) * row_bytes, static_cast<size_t>(used));
+    memset(row + used, 0, static_cast<size_t>(num_units * 4 - used));
+  }
+  uint32_t* to = panels + first / kColumns * kColumns * num_units + first % kColumns;
+  for (int64_t u = 0; u < num_units; u += kLanes) {
+    transpose_block(rows + u, num_units, to + u * kColumns, kColumns);
   }
 }
 
@@ -139,30 +140,53 @@ void multiply_block(const BFloat16* weights, int64_t k, int64_t rows, const uint
   store_tiles<kRows, kTiles>(sums, kColumns);
 }
 
+// sums[panel][row][column] of a block. 16 rows of weights come from memory for the first panel.
+void multiply_panels(const LinearParams& p, const BFloat16* weights, int64_t count,
+                     const uint32_t* panels, int64_t num_units, float* sums) {
+  if (p.m <= kLanes) return multiply_block<2, 1>(weights, p.k, count, panels, sums);
+  for (int64_t row = 0; row < count; row += kLanes) {
+    const BFloat16* from = weights + row * p.k;
+    for (int64_t first = 0; first < p.m; first += kColumns) {
+      const uint32_t* panel = panels + first * num_units;
+      float* to = sums + first * kBlockRows + row * kColumns;
+      if (p.m - first > kLanes) {
+        multiply_block<1, 2>(from, p.k, count - row, panel, to);
+      } else {
+        multiply_block<1, 1>(from, p.k, count - row, panel, to);
+      }
+    }
+  }
+}
+
 void multiply_in_tiles(const LinearParams& p, int64_t num_threads) {
   const int64_t num_units = round_up(p.k, kStep) / 2;
-  auto* panel =
-      static_cast<uint32_t*>(thread_workspace((kColumns + kLanes) * num_units * int64_t{4}));
-  pack(p, panel + kColumns * num_units, panel, num_units);
+  const int64_t threads = num_threads < 1 ? 1 : num_threads;
+  const int64_t panel_units = round_up(p.m, kColumns) * num_units;
+  const int64_t scratch_units = kLanes * num_units;  // of a thread
+  auto* panels =
+      static_cast<uint32_t*>(thread_workspace((panel_units + threads * scratch_units) * 4));
+  parallel_for((p.m + kLanes - 1) / kLanes, threads,
+               [&](int64_t begin, int64_t end, int64_t thread) {
+                 uint32_t* rows = panels + panel_units + thread * scratch_units;
+                 for (int64_t i = begin; i < end; ++i) {
+                   pack(p, i * kLanes, rows, panels, num_units);
+                 }
+               });
   for_each_weight_block(p, num_threads, [&](int64_t begin, int64_t end) {
     const Tiles tiles;
-    alignas(64) float sums[kBlockRows * kColumns];
-    alignas(64) float turned[kColumns * kBlockRows];
+    alignas(64) float sums[kBlockRows * kMostLinearRows];
+    alignas(64) float turned[kMostLinearRows * kBlockRows];
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kBlockRows;
       const int64_t count = p.n - first < kBlockRows ? p.n - first : kBlockRows;
       const auto* weights = static_cast<const BFloat16*>(p.weight) + first * p.k;
-      if (p.m <= kLanes) {
-        multiply_block<2, 1>(weights, p.k, count, panel, sums);
-      } else {
-        for (int64_t row = 0; row < count; row += kLanes) {
-          multiply_block<1, 2>(weights + row * p.k, p.k, count - row, panel, sums + row * kColumns);
-        }
-      }
+      multiply_panels(p, weights, count, panels, num_units, sums);
       for (int64_t row = 0; row < kBlockRows; row += kLanes) {
         for (int64_t column = 0; column < p.m; column += kLanes) {
-          transpose_block(reinterpret_cast<const uint32_t*>(sums + row * kColumns + column),
-                          kColumns, reinterpret_cast<uint32_t*>(turned + column * kBlockRows + row),
+          const float* from =
+              sums + column / kColumns * kColumns * kBlockRows + row * kColumns + column % kColumns;
+          transpose_block(reinterpret_cast<const uint32_t*>(from), kColumns,
+                          reinterpret_cast<uint32_t*>(turned + column * kBlockRows + row),
                           kBlockRows);
         }
       }

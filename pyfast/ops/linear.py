@@ -15,7 +15,7 @@ from ..kernels.linear.linear_reference import linear_reference
 from ._native import contiguous, empty, get_num_threads, native
 from ._op import _PLAIN_TYPES, Op, is_eager
 
-_MOST_ROWS = 32  # of the kernel
+_MOST_ROWS = 128  # of the kernel
 # Up to so many rows it was measured to be faster than torch (2.13 on Sapphire Rapids, kept to each
 # level), by dtype. In float32 torch reads as fast with one row or two.
 _AVX512 = {torch.float32: 16, torch.bfloat16: 16, torch.float16: 16}
@@ -25,7 +25,7 @@ _ROWS: dict[str, dict[torch.dtype, int]] = {
     "avx512": _AVX512,
     "avx512_vnni": _AVX512,
     "avx512_bf16": {**_AVX512, torch.bfloat16: 8},
-    "amx": {**_AVX512, torch.bfloat16: 32},
+    "amx": {**_AVX512, torch.bfloat16: 128},
 }
 # Made in no time: most calls of a model in training end with it.
 _AS_FAST = "torch is as fast with so many rows of this dtype"
@@ -103,9 +103,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     With few rows, as in decoding, a product is bound by reading the weights. On the CPU torch reads
     them at half of the memory's speed, or less, in bfloat16 and float16, and in float32 from a few
-    rows on. With up to 16 rows (32 of bfloat16 with AMX, 8 where there are vector instructions for
-    it, from 3 on to 16 of float32, to 8 with AVX2), a kernel reads them at the memory's speed; sums
-    are in float32. Everything else goes to torch's function: more rows, gradients, autocast, traced
+    rows on. With up to 16 rows (128 of bfloat16 with AMX, 8 where there are vector instructions for
+    it, from 3 on to 16 of float32, to 8 with AVX2), a kernel reads them once; sums are in float32. Everything else goes to torch's function: more rows, gradients, autocast, traced
     and compiled code, GPUs, other dtypes, subclasses. Results differ from torch's in the last bits;
     with AMX, subnormal values of bfloat16 count as 0, as they do in torch. Errors are torch's.
 
