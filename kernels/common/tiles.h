@@ -1,9 +1,9 @@
 // Tiles of AMX: 16 rows of 64 bytes. A step is 16 rows of one operand by one to three tiles of the
 // other's columns, 16 units deep, in as few registers as there can be: renaming needs free ones,
-// and where the core's other thread uses tiles too, few are left. Measured on Sapphire Rapids,
-// nanoseconds a product with its loads from L1, alone and with such a neighbour: 32 rows by two
-// tiles in eight registers 7 and 30, in six 7 and 20; 16 rows by two in four 7 and 14, which is the
-// unit's own speed halved.
+// and at times few are left (it seems that the core's other thread uses tiles then). Measured on
+// Sapphire Rapids, nanoseconds a product with its loads from L1, at such times and at others: 32
+// rows by two tiles in eight registers 30 and 7, in six 20 and 7; 16 rows by two in four 14 and 7,
+// which is the unit's own speed.
 #pragma once
 
 #include "row_blocks.h"
