@@ -104,9 +104,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     With few rows, as in decoding, a product is bound by reading the weights. On the CPU torch reads
     them at half of the memory's speed, or less, in bfloat16 and float16, and in float32 from a few
     rows on. With up to 16 rows (128 of bfloat16 with AMX, 8 where there are vector instructions for
-    it, from 3 on to 16 of float32, to 8 with AVX2), a kernel reads them once; sums are in float32. Everything else goes to torch's function: more rows, gradients, autocast, traced
-    and compiled code, GPUs, other dtypes, subclasses. Results differ from torch's in the last bits;
-    with AMX, subnormal values of bfloat16 count as 0, as they do in torch. Errors are torch's.
+    it, from 3 on to 16 of float32, to 8 with AVX2), a kernel reads them once; sums are in float32.
+    Everything else goes to torch's function: more rows, gradients, autocast, traced and compiled
+    code, GPUs, other dtypes, subclasses. Results differ from torch's in the last bits; with AMX,
+    subnormal values of bfloat16 count as 0, as they do in torch. Errors are torch's.
 
     Args:
         input: (..., in_features).
