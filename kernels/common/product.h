@@ -38,6 +38,13 @@ struct PairUnit {
 };
 #endif
 
+// Zeros behind the elements of a row of units.
+inline void clear_units(uint32_t* units, int64_t elements, int64_t element_bytes,
+                        int64_t num_units) {
+  const int64_t used = elements * element_bytes;
+  memset(reinterpret_cast<char*>(units) + used, 0, static_cast<size_t>(num_units * 4 - used));
+}
+
 // The left operand: unit u of row r is at data[r * row_stride + u] or, transposed, at
 // data[u * row_stride + r].
 struct LeftOperand {

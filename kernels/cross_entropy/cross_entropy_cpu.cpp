@@ -15,14 +15,6 @@ namespace {
 constexpr float kLog2E = 1.44269504f;
 constexpr int64_t kBlock = 4096;  // columns whose sum is in float32; blocks are added in float64
 
-// Calls f(j, n) for the vectors of columns begin to end.
-template <typename F>
-PYFAST_ALWAYS_INLINE void for_each_lanes(int64_t begin, int64_t end, const F& f) {
-  int64_t j = begin;
-  for (; j + kLanes <= end; j += kLanes) f(j, kLanes);
-  if (j < end) f(j, static_cast<int>(end - j));
-}
-
 // n values; `rest` beyond.
 template <typename T>
 PYFAST_ALWAYS_INLINE Lanes load_padded(const T* from, int n, float rest) {
@@ -31,15 +23,6 @@ PYFAST_ALWAYS_INLINE Lanes load_padded(const T* from, int n, float rest) {
   Lanes::broadcast(rest).store(lanes);
   Lanes::load(from, n).store(lanes, n);
   return Lanes::load(lanes);
-}
-
-template <typename T>
-PYFAST_ALWAYS_INLINE void store_lanes(Lanes value, T* to, int n) {
-  if (n == kLanes) {
-    value.store(to);
-  } else {
-    value.store(to, n);
-  }
 }
 
 PYFAST_ALWAYS_INLINE Lanes exponential(Lanes x) {
@@ -57,7 +40,7 @@ inline float largest_of_row(const T* x, int64_t size) {
       most[part] = maximum(most[part], Lanes::load(x + j + part * kLanes));
     }
   }
-  for_each_lanes(j, size, [&](int64_t at, int n) PYFAST_INLINE_LAMBDA {
+  for_each_vec<Lanes>(j, size, [&](int64_t at, int n) PYFAST_INLINE_LAMBDA {
     most[0] = maximum(most[0], load_padded(x + at, n, -INFINITY));
   });
   float lanes[kLanes];
@@ -82,7 +65,7 @@ inline double sum_of_powers(const T* x, int64_t size, float largest) {
         sum[part] = sum[part] + exponential(Lanes::load(x + j + part * kLanes) - shift);
       }
     }
-    for_each_lanes(j, end, [&](int64_t at, int n) PYFAST_INLINE_LAMBDA {
+    for_each_vec<Lanes>(j, end, [&](int64_t at, int n) PYFAST_INLINE_LAMBDA {
       sum[0] = sum[0] + exponential(load_padded(x + at, n, -INFINITY) - shift);
     });
     total += static_cast<double>(((sum[0] + sum[1]) + (sum[2] + sum[3])).sum());
@@ -96,7 +79,7 @@ inline double sum_of_row(const T* x, int64_t size) {
   for (int64_t first = 0; first < size; first += kBlock) {
     const int64_t end = first + kBlock < size ? first + kBlock : size;
     Lanes sum = Lanes::broadcast(0.0f);
-    for_each_lanes(first, end, [&](int64_t at, int n) PYFAST_INLINE_LAMBDA {
+    for_each_vec<Lanes>(first, end, [&](int64_t at, int n) PYFAST_INLINE_LAMBDA {
       sum = sum + load_padded(x + at, n, 0.0f);
     });
     total += static_cast<double>(sum.sum());
@@ -137,9 +120,9 @@ void backward_row(const CrossEntropyBackwardParams& p, int64_t row) {
   const Lanes log_sum = Lanes::broadcast(p.lse[p.num_rows + row]);
   const Lanes grad = Lanes::broadcast(p.grad[row]);
   const Lanes even = Lanes::broadcast(p.smoothing / static_cast<float>(p.num_columns));
-  for_each_lanes(0, p.num_columns, [&](int64_t j, int n) PYFAST_INLINE_LAMBDA {
+  for_each_vec<Lanes>(0, p.num_columns, [&](int64_t j, int n) PYFAST_INLINE_LAMBDA {
     const Lanes share = exponential(load_padded(x + j, n, 0.0f) - largest - log_sum);
-    store_lanes((share - even) * grad, to + j, n);
+    store_lanes((share - even) * grad, to + j, n, false);
   });
   const Lanes share = exponential(load_padded(x + target, 1, 0.0f) - largest - log_sum);
   const Lanes rest = share - Lanes::broadcast(1.0f - p.smoothing);

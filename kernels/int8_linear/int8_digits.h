@@ -10,22 +10,10 @@
 // Inf have no digits.
 #pragma once
 
+#include "../common/product.h"
 #include "../common/quantize_row.h"
 
 namespace pyfast::PYFAST_ISA {
-
-template <typename F>
-PYFAST_ALWAYS_INLINE void for_each_lanes(int64_t size, const F& f) {
-  int64_t j = 0;
-  for (; j + kLanes <= size; j += kLanes) f(j, kLanes);
-  if (j < size) f(j, static_cast<int>(size - j));
-}
-
-inline void clear_units(uint32_t* units, int64_t elements, int64_t element_bytes,
-                        int64_t num_units) {
-  const int64_t used = elements * element_bytes;
-  memset(reinterpret_cast<char*>(units) + used, 0, static_cast<size_t>(num_units * 4 - used));
-}
 
 #if defined(__AMX_INT8__)
 
@@ -47,7 +35,7 @@ inline float digits_of_row(const T* x, const float* smooth, int64_t k, uint32_t*
   const __m512 shift = _mm512_set1_ps(static_cast<float>(kDigitBits<kDigits> - exponent));
   // Bytes of q + bias are the digits plus 128.
   const __m512i bias = _mm512_set1_epi32(static_cast<int>(kDigits == 4 ? 0x80808080u : 0x808080u));
-  for_each_lanes(k, [&](int64_t j, int n) PYFAST_INLINE_LAMBDA {
+  for_each_vec<Lanes>(0, k, [&](int64_t j, int n) PYFAST_INLINE_LAMBDA {
     const __m512 value = load_smoothed(x, smooth, j, n).v;
     const __m512i q = _mm512_cvtps_epi32(_mm512_scalef_ps(value, shift));
     __m512i digits = _mm512_xor_si512(_mm512_add_epi32(q, bias), bias);

@@ -95,17 +95,13 @@ inline void finish_row(const Int8LinearParams& p, const ColumnTerms& terms, cons
   const Lanes scale = Lanes::broadcast(row_scale);
   const bool has_bias = p.bias != nullptr;
   const Activation activation = p.activation;
-  for_each_lanes(count, [&](int64_t j, int n) PYFAST_INLINE_LAMBDA {
+  for_each_vec<Lanes>(0, count, [&](int64_t j, int n) PYFAST_INLINE_LAMBDA {
     Lanes value = sum_at<kInteger>(sums + j, terms.excess + j);
     if constexpr (kInteger) value = value * scale;
     value = value * Lanes::load(terms.scale + j);
     if (has_bias) value = value + Lanes::load(terms.bias + j);
     if (activation != Activation::kNone) value = activate(value, activation);
-    if (n == kLanes) {
-      value.store(y + j);
-    } else {
-      value.store(y + j, n);
-    }
+    store_lanes(value, y + j, n, false);
   });
 }
 

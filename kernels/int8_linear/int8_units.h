@@ -196,12 +196,8 @@ inline void convert_weights(const int8_t* row, int64_t k, uint32_t* units, int64
 #endif
   } else {
     auto* floats = reinterpret_cast<float*>(units);
-    for_each_lanes(k, [&](int64_t j, int n) PYFAST_INLINE_LAMBDA {
-      if (n == kLanes) {
-        load_int8(row + j, n).store(floats + j);
-      } else {
-        load_int8(row + j, n).store(floats + j, n);
-      }
+    for_each_vec<Lanes>(0, k, [&](int64_t j, int n) PYFAST_INLINE_LAMBDA {
+      store_lanes(load_int8(row + j, n), floats + j, n, false);
     });
     clear_units(units, k, 4, num_units);
   }
@@ -241,14 +237,14 @@ inline float convert_row(const Int8LinearParams& p, const T* x, int8_t* values, 
     return scale;
   } else if constexpr (Unit::kElements == 2) {
     auto* pairs = reinterpret_cast<BFloat16*>(units);
-    for_each_lanes(p.k, [&](int64_t j, int n) PYFAST_INLINE_LAMBDA {
+    for_each_vec<Lanes>(0, p.k, [&](int64_t j, int n) PYFAST_INLINE_LAMBDA {
       load_smoothed(x, p.smooth, j, n).store(pairs + j, n);
     });
     clear_units(units, p.k, 2, num_units);
     order_pairs(units, num_units);
   } else {
     auto* floats = reinterpret_cast<float*>(units);
-    for_each_lanes(p.k, [&](int64_t j, int n) PYFAST_INLINE_LAMBDA {
+    for_each_vec<Lanes>(0, p.k, [&](int64_t j, int n) PYFAST_INLINE_LAMBDA {
       load_smoothed(x, p.smooth, j, n).store(floats + j, n);
     });
     clear_units(units, p.k, 4, num_units);

@@ -5,6 +5,7 @@
 // of x at a time.
 #include "../common/parallel.h"
 #include "../common/product.h"
+#include "../common/row_blocks.h"
 #include "../common/row_dots.h"
 #include "../common/tiles.h"
 #include "../common/transpose.h"
@@ -19,24 +20,14 @@ constexpr int64_t kMinWorkPerThread = 1 << 16;  // weights; fewer are not worth 
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-template <typename T>
-PYFAST_ALWAYS_INLINE Lanes load_lanes(const T* from, int n) {
-  return n == kLanes ? Lanes::load(from) : Lanes::load(from, n);
-}
-
 // `count` results of one row of y.
 template <typename T>
 void finish_row(const float* sums, const T* bias, T* y, int64_t count) {
-  for (int64_t j = 0; j < count; j += kLanes) {
-    const int n = static_cast<int>(count - j < kLanes ? count - j : kLanes);
+  for_each_vec<Lanes>(0, count, [&](int64_t j, int n) PYFAST_INLINE_LAMBDA {
     Lanes value = Lanes::load(sums + j);
-    if (bias != nullptr) value = value + load_lanes(bias + j, n);
-    if (n == kLanes) {
-      value.store(y + j);
-    } else {
-      value.store(y + j, n);
-    }
-  }
+    if (bias != nullptr) value = value + load_lanes<Lanes>(bias + j, n);
+    store_lanes(value, y + j, n, false);
+  });
 }
 
 template <typename F>
@@ -53,7 +44,9 @@ struct WeightDot {
   static constexpr bool kHasExcess = false;
   static constexpr int kStep = kLanes;
   Lanes v = Lanes::broadcast(0.0f);
-  static PYFAST_ALWAYS_INLINE Lanes weights(const T* from, int n) { return load_lanes(from, n); }
+  static PYFAST_ALWAYS_INLINE Lanes weights(const T* from, int n) {
+    return load_lanes<Lanes>(from, n);
+  }
   static PYFAST_ALWAYS_INLINE Lanes values(const uint32_t* row, int64_t j) {
     return Lanes::load(reinterpret_cast<const float*>(row) + j);
   }
@@ -69,7 +62,7 @@ void multiply_along_rows(const LinearParams& p, int64_t num_threads) {
   for (int64_t row = 0; row < p.m; ++row) {
     for (int64_t j = 0; j < stride; j += kLanes) {
       const int n = static_cast<int>(p.k - j < kLanes ? p.k - j : kLanes);
-      load_lanes(x + row * p.k + j, n).store(floats + row * stride + j);
+      load_lanes<Lanes>(x + row * p.k + j, n).store(floats + row * stride + j);
     }
   }
   for_each_weight_block(p, num_threads, [&](int64_t begin, int64_t end) {
