@@ -20,7 +20,7 @@ namespace pyfast::PYFAST_ISA {
 
 // Up to so many rows of x int8_dot.h is faster; up to so many of bfloat16, digits.
 #if defined(__AMX_INT8__)
-constexpr int64_t kFewRows = 4, kFewRowsOfFloats = 1, kFewRowsOfDigits = 16;
+constexpr int64_t kFewRows = 4, kFewRowsOfFloats = 0, kFewRowsOfDigits = 16;
 #else
 constexpr int64_t kFewRows = 8, kFewRowsOfFloats = 8;
 #endif
