@@ -6,8 +6,8 @@
 // three digits (half precisions: results are rounded at 2^-9 and 2^-12), 2^-31 for four (float32),
 // and then the sum is as good as exact, whatever its order. The weights are read as they lie: a
 // tile of 16 columns has room for five rows of three digits, so that up to five rows run at the
-// speed of memory, where converting weights to bfloat16 took half as long again (one row: converting
-// them to float a quarter). Rows with NaN or Inf have no digits.
+// speed of memory, where converting weights to bfloat16 took half as long again (one row:
+// converting them to float a quarter). Rows with NaN or Inf have no digits.
 #pragma once
 
 #include "../common/product.h"
