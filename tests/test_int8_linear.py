@@ -147,6 +147,24 @@ def test_rows_do_not_depend_on_each_other(backend: Backend, dtype: torch.dtype) 
             assert other != other or not y[::7].isnan().any()
 
 
+@each_dtype
+def test_rows_of_digits_do_not_depend_on_each_other(backend: Backend, dtype: torch.dtype) -> None:
+    """Weight-only with AMX: up to 16 rows of bfloat16, and any number of the others."""
+    if backend.level != "amx":
+        pytest.skip("rows have no digits")
+    for k, n in ((37, 50), (64, 64), (130, 17)):
+        x, *rest = operands(70, k, n, dtype, backend.device)
+        exact: dict[str, Any] = {"weight_only": True, "dtype": torch.float32}
+        alone = torch.cat([F.int8_linear(row, *rest, **exact) for row in x.split(1)])
+        for m in (*range(2, 17), *(() if dtype == torch.bfloat16 else (17, 33, 70))):
+            y = F.int8_linear(x[:m], *rest, **exact)
+            assert_bits_equal(y, alone[:m], f"batch of {m}")
+        changed = torch.full_like(x[:16], float("nan"))
+        changed[::5] = x[:16:5]
+        y = F.int8_linear(changed, *rest, **exact)
+        assert_bits_equal(y[::5], alone[:16:5], "beside NaN")
+
+
 @MODES
 @each_dtype
 def test_not_finite_rows(backend: Backend, dtype: torch.dtype, weight_only: bool) -> None:

@@ -1,6 +1,5 @@
-// y = x * weight^T + bias for few rows of x, all of one dtype: what a matrix product of many rows
-// is bound by, arithmetic, is not what this one is; it reads the weights once, at the speed of
-// memory.
+// y = x * weight^T + bias for few rows of x, all of one dtype. The weights are read once: up to
+// some 32 rows that is what the product is bound by, at the speed of memory.
 #pragma once
 
 #include <cstdint>
